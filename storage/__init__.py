@@ -1,0 +1,1 @@
+"""Activation stores on disk: format, writer, reader. Knows nothing of torch."""
