@@ -1,0 +1,100 @@
+"""manifest.json: what a store holds, how it was made, and what is committed.
+
+Format: docs/store-format.md. The manifest is written before the first shard and rewritten whole
+when something larger than a shard changes; each sealed shard has a record of its own in
+`.commits/` until the store is complete, so that workers never write one file together.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import StoreError
+from .files import json_digest, write_json
+from .layout import Layout
+
+FORMAT = "sae-pipe activation store"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+COMMITS = ".commits"
+MANIFEST_LIMIT_BYTES = 1 << 28  # a store of 10 billion rows needs about 40 MB
+
+TOKENISING, HARVESTING, COMPLETE = "tokenising", "harvesting", "complete"
+
+Manifest = dict[str, Any]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Parse and check the manifest of a store folder.
+
+    Raises StoreError: no such folder, not a store, damaged, or of a newer format.
+    """
+    if not path.is_dir():
+        raise StoreError(
+            f"There is no store at {path}. "
+            "Pass the folder that `sae-pipe harvest --out` wrote, such as acts.zarr."
+        )
+    file = path / MANIFEST
+    if not file.is_file():
+        raise StoreError(
+            f"{path} is not an activation store: it has no {MANIFEST}. "
+            "Pass the folder that `sae-pipe harvest --out` wrote."
+        )
+    manifest = load_bounded_json(file)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise StoreError(
+            f"{path} is not an activation store: {MANIFEST} does not name the format {FORMAT!r}. "
+            "Pass the folder that `sae-pipe harvest --out` wrote."
+        )
+    version = manifest.get("format_version")
+    if type(version) is not int or version > FORMAT_VERSION:
+        raise StoreError(
+            f"Store {path} has format version {version}, and this sae-pipe reads up to "
+            f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade sae-pipe."
+        )
+    return manifest
+
+
+def load_bounded_json(file: Path) -> Any:
+    """JSON of a file of bounded size; StoreError when it is damaged."""
+    size = file.stat().st_size
+    if size > MANIFEST_LIMIT_BYTES:
+        raise StoreError(
+            f"{file} has {size:,} bytes, more than any manifest needs "
+            f"({MANIFEST_LIMIT_BYTES:,}). The store is damaged: fetch or harvest it again."
+        )
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise StoreError(
+            f"{file} is damaged: it is not JSON ({error}). Fetch or harvest the store again."
+        ) from error
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Replace the manifest, whole or not at all."""
+    write_json(path / MANIFEST, manifest)
+
+
+def layout_of(split: dict[str, Any], path: Path) -> Layout:
+    """The layout of one split of a manifest; StoreError when the sizes make no sense."""
+    try:
+        return Layout(**split["layout"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"The manifest of {path} is damaged: its layout cannot be ({error}). "
+            "Fetch or harvest the store again."
+        ) from error
+
+
+def content_digest(manifest: Manifest) -> str:
+    """The identity of a store's content: recipe, layouts and the digests of every shard.
+
+    Times, hosts and versions are not part of it, so that two harvests of one recipe that gave the
+    same bytes have the same digest.
+    """
+    parts = {"recipe": manifest["recipe"], "corpus": manifest.get("corpus", {}).get("digest")}
+    for name in ("train", "heldout"):
+        split = manifest[name]
+        parts[name] = {"layout": split["layout"], "shards": split["shards"]}
+    return json_digest(parts)

@@ -1,0 +1,212 @@
+"""Reading the rows of one split: shards on disk to float32 or bfloat16 bits.
+
+# R rows, D d_in
+
+Chunks are read with pread and decoded here, not by zarr-python, because decoding several chunks in
+threads into reused buffers is what makes the reader as fast as the codec (docs/architecture.md).
+Every chunk's crc32c is checked; a damaged one is an error that names the shard.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numcodecs.blosc
+import numpy as np
+from numpy.typing import NDArray
+
+from .codecs import Codec
+from .codecs.base import Bits, Floats, narrow
+from .errors import InputError, StoreError
+from .layout import Layout
+from .shard import CRC_BYTES, checked_frame, index_bytes, parse_index
+
+_OPEN_FILES = 256
+
+
+class SplitReader:
+    """Rows of one split. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        layout: Layout,
+        shards: list[dict[str, Any]],
+        codec: Codec,
+    ) -> None:
+        """root: the store; split: "" or "heldout"; shards: the manifest's records, in order."""
+        self.layout, self.codec = layout, codec
+        self.n_rows, self.d_in = layout.n_rows, layout.d_in
+        self._root, self._folder = root, root / split if split else root
+        self._shards = shards
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._indices: dict[int, NDArray[np.uint64]] = {}
+        self._lock = threading.Lock()
+        self._scratch = threading.local()
+
+    # --- rows ---
+
+    def read(self, rows: slice | NDArray[np.integer[Any]] | list[int]) -> Floats:
+        """Rows as float32 (R, D), in the order asked for.
+
+        rows: a slice or whole numbers in [0, n_rows). Raises InputError for rows outside the store
+        and StoreError for a damaged shard.
+        """
+        wanted = self._wanted(rows)
+        out = np.empty((len(wanted), self.d_in), np.float32)
+        chunks = wanted // self.layout.chunk_rows
+        order = np.argsort(chunks, kind="stable")
+        borders = np.flatnonzero(np.diff(chunks[order])) + 1
+        for places in np.split(order, borders):
+            if len(places) == 0:
+                continue
+            chunk = int(chunks[places[0]])
+            values = self.chunk_values(chunk)
+            out[places] = values[wanted[places] - chunk * self.layout.chunk_rows]
+        return out
+
+    def read_source(self, rows: slice | NDArray[np.integer[Any]] | list[int]) -> NDArray[np.int64]:
+        """context * context_size + position of each row, int64 (R,)."""
+        return self._read_plain("source", rows, np.dtype("<i8")).astype(np.int64)
+
+    def read_masked(self, rows: slice | NDArray[np.integer[Any]] | list[int]) -> NDArray[np.bool_]:
+        """Whether each row's token was replaced by the mask token, bool (R,)."""
+        return self._read_plain("masked", rows, np.dtype("u1")).astype(np.bool_)
+
+    def _wanted(self, rows: slice | NDArray[np.integer[Any]] | list[int]) -> NDArray[np.int64]:
+        if isinstance(rows, slice):
+            return np.arange(*rows.indices(self.n_rows), dtype=np.int64)
+        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.n_rows):
+            raise InputError(
+                f"Rows {wanted.min()} to {wanted.max()} were asked for, and the store has rows "
+                f"0 to {self.n_rows - 1}."
+            )
+        return wanted
+
+    # --- chunks ---
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks that hold rows; numbered through the store."""
+        return -(-self.n_rows // self.layout.chunk_rows)
+
+    def rows_of_chunk(self, chunk: int) -> int:
+        """Rows of a chunk: chunk_rows, fewer in the last one."""
+        return min(self.layout.chunk_rows, self.n_rows - chunk * self.layout.chunk_rows)
+
+    def chunk_values(self, chunk: int) -> Floats:
+        """Decode one chunk into this thread's buffer, overwritten by its next call: (R, D)."""
+        buffer = getattr(self._scratch, "values", None)
+        if buffer is None:
+            buffer = np.empty((self.layout.chunk_rows, self.d_in), np.float32)
+            self._scratch.values = buffer
+        shard, inner = divmod(chunk, self.layout.chunks_per_shard)
+        try:
+            offset, length = (int(value) for value in self._index(shard)[inner])
+            data = os.pread(self._file(shard), length, offset)
+            if len(data) != length:
+                raise ValueError("it is shorter than its index says")
+            self.codec.decode(checked_frame(memoryview(data)), buffer)
+        except (ValueError, OSError) as error:
+            raise self._damaged(shard, error) from error
+        rows: Floats = buffer[: self.rows_of_chunk(chunk)]
+        return rows
+
+    def chunk_bits(self, chunk: int, out: Bits) -> None:
+        """Decode one chunk as bfloat16 bits into out (R, D)."""
+        narrow(self.chunk_values(chunk), out)
+
+    def _index(self, shard: int) -> NDArray[np.uint64]:
+        index = self._indices.get(shard)
+        if index is None:
+            first, last = self.layout.rows_of_shard(shard)
+            chunks = -(-(last - first) // self.layout.chunk_rows)
+            file, size = self._file(shard), self._recorded_bytes(shard)
+            length = index_bytes(self.layout.chunks_per_shard)
+            tail = os.pread(file, length, size - length)
+            if len(tail) != length:
+                raise ValueError("it is truncated")
+            index = self._indices[shard] = parse_index(tail, chunks, size)
+        return index
+
+    def _recorded_bytes(self, shard: int) -> int:
+        return int(self._shards[shard]["files"]["activations"]["bytes"])
+
+    def _file(self, shard: int) -> int:
+        with self._lock:
+            file = self._files.pop(shard, None)
+            if file is None:
+                file = os.open(self.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+                if len(self._files) >= _OPEN_FILES:
+                    # Only ever the least recently used of many: no thread can still be reading it.
+                    os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = file
+            return file
+
+    # --- files ---
+
+    def shard_path(self, shard: int, array: str = "activations") -> Path:
+        """The file of one shard of one array."""
+        if array == "activations":
+            return self._folder / array / "c" / str(shard) / "0"
+        return self._folder / array / "c" / str(shard)
+
+    def check_files(self) -> None:
+        """StoreError unless every shard file is there with its recorded size."""
+        for shard, record in enumerate(self._shards):
+            for array, entry in record["files"].items():
+                path = self.shard_path(shard, array)
+                try:
+                    size = path.stat().st_size
+                except OSError as error:
+                    raise self._damaged(shard, ValueError("it is missing")) from error
+                if size != entry["bytes"]:
+                    found = ValueError(f"it has {size:,} bytes instead of {entry['bytes']:,}")
+                    raise self._damaged(shard, found, array)
+
+    def files(self) -> Iterator[tuple[int, Path, str]]:
+        """Shard number, path and recorded SHA-256 of every file."""
+        for shard, record in enumerate(self._shards):
+            for array, entry in record["files"].items():
+                yield shard, self.shard_path(shard, array), entry["sha256"]
+
+    def _damaged(self, shard: int, error: Exception, array: str = "activations") -> StoreError:
+        path = self.shard_path(shard, array).relative_to(self._root)
+        reason = error.strerror if isinstance(error, OSError) else error
+        return StoreError(
+            f"Shard {shard} of {self._root} is damaged: {path}: {reason}. "
+            "Fetch that file again, or delete the store and harvest it again."
+        )
+
+    def _read_plain(self, array: str, rows: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+        wanted = self._wanted(rows)
+        out = np.empty(len(wanted), dtype)
+        shards = wanted // self.layout.shard_rows
+        for shard in np.unique(shards):
+            places = np.flatnonzero(shards == shard)
+            values = self._plain_shard(array, int(shard), dtype)
+            out[places] = values[wanted[places] - int(shard) * self.layout.shard_rows]
+        return out
+
+    def _plain_shard(self, array: str, shard: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        values = np.empty(self.layout.shard_rows, dtype)
+        try:
+            data = self.shard_path(shard, array).read_bytes()
+            frame = checked_frame(memoryview(data))
+            if len(data) < 16 + CRC_BYTES or int.from_bytes(frame[4:8], "little") != values.nbytes:
+                raise ValueError("its size is not what the manifest says")
+            numcodecs.blosc.decompress(frame, values)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise self._damaged(shard, error, array) from error
+        return values
+
+    def close(self) -> None:
+        """Close the files; reading again opens them again."""
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])

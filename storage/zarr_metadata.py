@@ -1,0 +1,102 @@
+"""The zarr.json files of a store (Zarr core specification v3).
+
+Fill values are chosen so that a missing shard can never pass for data with a plain reader either:
+NaN for activations, -1 for sources. The root carries consolidated metadata, so that listing the
+group does not stumble over manifest.json.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .codecs import Codec
+from .files import write_json
+from .layout import Layout
+
+# The zarr.json of one array or group.
+Metadata = dict[str, Any]
+
+_PLAIN_CODECS: list[dict[str, Any]] = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {
+        "name": "blosc",
+        "configuration": {
+            "cname": "zstd",
+            "clevel": 1,
+            "shuffle": "shuffle",
+            "typesize": 8,
+            "blocksize": 0,
+        },
+    },
+    {"name": "crc32c"},
+]
+_INDEX_CODECS: list[dict[str, Any]] = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "crc32c"},
+]
+
+
+def _array(
+    shape: list[int], chunk_shape: list[int], data_type: str, fill_value: Any, codecs: list[Any]
+) -> Metadata:
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape,
+        "data_type": data_type,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": fill_value,
+        "codecs": codecs,
+        "attributes": {},
+        "storage_transformers": [],
+    }
+
+
+def activations_array(layout: Layout, codec: Codec) -> Metadata:
+    """float32 (n_rows, d_in), sharded; the values are bfloat16."""
+    sharding = {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": [layout.chunk_rows, layout.d_in],
+            "codecs": codec.zarr_codecs(),
+            "index_codecs": _INDEX_CODECS,
+            "index_location": "end",
+        },
+    }
+    shard_shape = [layout.shard_rows, layout.d_in]
+    return _array([layout.n_rows, layout.d_in], shard_shape, "float32", "NaN", [sharding])
+
+
+def source_array(layout: Layout) -> Metadata:
+    """int64 (n_rows,): context * context_size + position. One chunk a shard."""
+    return _array([layout.n_rows], [layout.shard_rows], "int64", -1, _PLAIN_CODECS)
+
+
+def masked_array(layout: Layout) -> Metadata:
+    """bool (n_rows,): whether the row's token was replaced. One chunk a shard."""
+    return _array([layout.n_rows], [layout.shard_rows], "bool", False, _PLAIN_CODECS)
+
+
+def vector_array(length: int) -> Metadata:
+    """float64 (length,), one chunk."""
+    return _array([length], [length], "float64", "NaN", [*_PLAIN_CODECS[:1], {"name": "crc32c"}])
+
+
+def group(members: Mapping[str, Metadata] | None = None) -> Metadata:
+    """A group; with `members`, its consolidated metadata."""
+    metadata: Metadata = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    if members is not None:
+        metadata["consolidated_metadata"] = {
+            "kind": "inline",
+            "must_understand": False,
+            "metadata": dict(members),
+        }
+    return metadata
+
+
+def write_metadata(root: Path, members: Mapping[str, Metadata]) -> None:
+    """Write the zarr.json of a root group and of everything below it, the root last."""
+    for name, metadata in members.items():
+        write_json(root / name / "zarr.json", metadata)
+    write_json(root / "zarr.json", group(members))

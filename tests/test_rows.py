@@ -1,0 +1,259 @@
+"""Shards, readers and batch order: what is written is what is read, by us and by plain Zarr."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import dask.array
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from sae_pipe.storage import InputError, StoreError, zarr_metadata
+from sae_pipe.storage.codecs import CODECS
+from sae_pipe.storage.codecs.base import Bits, round_to_bfloat16
+from sae_pipe.storage.layout import Layout
+from sae_pipe.storage.loader import BatchLoader
+from sae_pipe.storage.order import Order
+from sae_pipe.storage.rows import SplitReader
+from sae_pipe.storage.statistics import Moments
+from sae_pipe.storage.writer import SplitWriter
+
+LAYOUT = Layout(n_rows=1000, d_in=12, chunk_rows=64, shard_rows=256, block_rows=512)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as executor:
+        yield executor
+
+
+def some_bits(layout: Layout) -> Bits:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((layout.n_rows, layout.d_in)) * 3 + 7
+    return round_to_bfloat16(values.astype(np.float32))
+
+
+def as_floats(bits: Bits) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def write_split(
+    root: Path, pool: ThreadPoolExecutor, layout: Layout = LAYOUT, codec: str = "lossless"
+) -> SplitReader:
+    bits, source = some_bits(layout), np.arange(layout.n_rows, dtype=np.int64) * 7
+    writer = SplitWriter(root, "", layout, CODECS[codec], pool, with_masked=True)
+    for shard in reversed(range(layout.n_shards)):
+        rows = slice(*layout.rows_of_shard(shard))
+        writer.write(shard, bits[rows], source[rows], source[rows] % 2 == 0)
+    zarr_metadata.write_metadata(root, writer.metadata())
+    return SplitReader(root, "", layout, writer.collect()[0], CODECS[codec])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_codec_is_read_alike_by_us_by_zarr_and_by_dask(
+    tmp_path: Path, pool: ThreadPoolExecutor, codec: str
+) -> None:
+    reader = write_split(tmp_path, pool, codec=codec)
+    expected = as_floats(some_bits(LAYOUT))
+    np.testing.assert_array_equal(reader.read(slice(None)), expected)
+    array = zarr.open_array(store=tmp_path / "activations", mode="r")
+    np.testing.assert_array_equal(array[:], expected)
+    lazy = dask.array.from_zarr(str(tmp_path), component="activations")
+    np.testing.assert_array_equal(lazy.compute(scheduler="synchronous"), expected)
+    np.testing.assert_array_equal(
+        zarr.open_array(store=tmp_path / "source", mode="r")[:], np.arange(1000) * 7
+    )
+    np.testing.assert_array_equal(reader.read_source(slice(None)), np.arange(1000) * 7)
+    np.testing.assert_array_equal(reader.read_masked(slice(None)), np.arange(1000) % 2 == 0)
+    np.testing.assert_array_equal(
+        zarr.open_array(store=tmp_path / "masked", mode="r")[:], np.arange(1000) % 2 == 0
+    )
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_our_reader_reads_shards_that_zarr_wrote(
+    tmp_path: Path, pool: ThreadPoolExecutor, codec: str
+) -> None:
+    reader = write_split(tmp_path, pool, codec=codec)
+    array = zarr.open_array(store=tmp_path / "activations", mode="r+")
+    expected = as_floats(some_bits(LAYOUT))[::-1].copy()
+    array[:] = expected
+    records = [
+        {"files": {"activations": {"bytes": reader.shard_path(shard).stat().st_size}}}
+        for shard in range(LAYOUT.n_shards)
+    ]
+    again = SplitReader(tmp_path, "", LAYOUT, records, CODECS[codec])
+    np.testing.assert_array_equal(again.read(slice(None)), expected)
+
+
+def test_shards_do_not_depend_on_order_or_thread_count(tmp_path: Path) -> None:
+    for threads in (1, 3):
+        with ThreadPoolExecutor(threads) as pool:
+            write_split(tmp_path / str(threads), pool)
+    files = sorted(
+        p.relative_to(tmp_path / "1") for p in (tmp_path / "1").rglob("*") if p.is_file()
+    )
+    assert len(files) > 12
+    for file in files:
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "3" / file).read_bytes()
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.lists(st.integers(0, 999), max_size=40))
+def test_rows_come_in_the_order_asked_for(
+    rows: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.getbasetemp() / "rows-in-order"
+    if not root.exists():
+        with ThreadPoolExecutor(1) as pool:
+            write_split(root, pool)
+    writer_records = [
+        json.loads(file.read_bytes()) for file in sorted((root / ".commits/train").glob("*.json"))
+    ]
+    reader = SplitReader(root, "", LAYOUT, writer_records, CODECS["lossless"])
+    np.testing.assert_array_equal(reader.read(rows), as_floats(some_bits(LAYOUT))[rows])
+    assert reader.read_source(rows).tolist() == [row * 7 for row in rows]
+    reader.close()
+
+
+def test_rows_outside_the_store_are_refused(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    reader = write_split(tmp_path, pool)
+    message = r"^Rows 3 to 1000 were asked for, and the store has rows 0 to 999\.$"
+    with pytest.raises(InputError, match=message):
+        reader.read([3, 1000])
+
+
+def test_a_flipped_bit_anywhere_in_a_shard_is_detected(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    write_split(tmp_path, pool)
+    file = tmp_path / "activations/c/1/0"
+    whole = file.read_bytes()
+    rng = np.random.default_rng(1)
+    for place in [*rng.integers(0, len(whole), 40), len(whole) - 1, len(whole) - 9]:
+        broken = bytearray(whole)
+        broken[place] ^= 1 << int(rng.integers(8))
+        file.write_bytes(broken)
+        records = [
+            json.loads(f.read_bytes()) for f in sorted((tmp_path / ".commits/train").glob("*"))
+        ]
+        reader = SplitReader(tmp_path, "", LAYOUT, records, CODECS["lossless"])
+        with pytest.raises(StoreError, match=r"^Shard 1 of .* is damaged: activations/c/1/0: "):
+            reader.read(slice(256, 512))
+        reader.close()
+
+
+def test_a_missing_shard_is_an_error_and_never_zeros(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    reader = write_split(tmp_path, pool)
+    (tmp_path / "activations/c/2/0").unlink()
+    message = (
+        rf"^Shard 2 of {tmp_path} is damaged: activations/c/2/0: No such file or directory\. "
+        r"Fetch that file again, or delete the store and harvest it again\.$"
+    )
+    with pytest.raises(StoreError, match=message):
+        reader.read(slice(None))
+    with pytest.raises(StoreError, match="activations/c/2/0: it is missing"):
+        reader.check_files()
+    plain = zarr.open_array(store=tmp_path / "activations", mode="r")
+    assert np.isnan(plain[512:768]).all()  # a plain reader gets NaN, not a number
+
+
+def test_a_truncated_shard_is_named_with_both_sizes(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    reader = write_split(tmp_path, pool)
+    file = tmp_path / "activations/c/0/0"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(
+        StoreError, match=rf"activations/c/0/0: it has 100 bytes instead of {size:,}"
+    ):
+        reader.check_files()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_rows=st.integers(1, 3000),
+    chunks=st.integers(1, 4),
+    open_shards=st.integers(1, 5),
+    window_rows=st.integers(1, 500),
+    seed=st.integers(0, 9),
+)
+def test_an_epoch_serves_every_row_exactly_once(
+    n_rows: int, chunks: int, open_shards: int, window_rows: int, seed: int
+) -> None:
+    layout = Layout(
+        n_rows=n_rows, d_in=1, chunk_rows=16, shard_rows=16 * chunks, block_rows=16 * chunks
+    )
+    order = Order(layout=layout, seed=seed, open_shards=open_shards, window_rows=window_rows)
+    served: list[int] = []
+    for window in order.windows(0):
+        if window.epoch == 1:
+            break
+        assert window.first_row == len(served)
+        assert window.n_rows <= order.largest_window
+        laid = np.concatenate([np.arange(c * 16, min(c * 16 + 16, n_rows)) for c in window.chunks])
+        rows = np.empty(window.n_rows, np.int64)
+        rows[window.places()] = laid
+        served += rows.tolist()
+    assert sorted(served) == list(range(n_rows))
+
+
+def served_rows(reader: SplitReader, batch: int, start: int, count: int) -> NDArray[np.float32]:
+    loader = BatchLoader(reader, batch_size=batch, seed=5, start=start, window_rows=128, threads=2)
+    batches = iter(loader)
+    rows = np.concatenate([as_floats(next(batches)) for _ in range(count)])
+    loader.close()
+    return rows
+
+
+@pytest.mark.parametrize("batch", [1, 37, 100, 128, 700, 2500])
+def test_batches_hold_each_row_once_an_epoch_and_resume_at_any_batch(
+    tmp_path: Path, pool: ThreadPoolExecutor, batch: int
+) -> None:
+    reader = write_split(tmp_path, pool)
+    total = 3 * LAYOUT.n_rows
+    count = -(-total // batch)
+    rows = served_rows(reader, batch, 0, count)
+    everything = np.sort(as_floats(some_bits(LAYOUT)), axis=0)
+    epochs = [rows[start : start + 1000] for start in range(0, total, 1000)]
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch, axis=0), everything)
+    assert not np.array_equal(epochs[0], epochs[1])
+    for start in {0, 1, count // 2, count - 1}:
+        np.testing.assert_array_equal(
+            served_rows(reader, batch, start, 1), rows[start * batch : (start + 1) * batch]
+        )
+
+
+def test_a_damaged_shard_stops_the_batches_with_its_name(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    reader = write_split(tmp_path, pool)
+    file = tmp_path / "activations/c/3/0"
+    data = bytearray(file.read_bytes())
+    data[10] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StoreError, match=r"^Shard 3 of .*: a chunk fails its checksum\. "):
+        served_rows(reader, 100, 0, 10)
+
+
+@settings(max_examples=50, deadline=None)
+@given(cuts=st.lists(st.integers(1, 399), max_size=6), shift=st.floats(-100, 100))
+def test_moments_are_those_of_all_rows_however_they_are_cut(cuts: list[int], shift: float) -> None:
+    values = (np.random.default_rng(2).standard_normal((400, 3)) + shift).astype(np.float32)
+    moments = Moments.empty(3)
+    for part in np.split(values, sorted(cuts)):
+        if len(part):
+            moments.merge(Moments.from_json(Moments.of(part).to_json()))
+    exact = values.astype(np.float64)
+    np.testing.assert_allclose(moments.mean, exact.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.variance, exact.var(0), rtol=2e-5)
+    np.testing.assert_allclose(moments.mean_squared_norm, (exact**2).sum(1).mean(), rtol=1e-6)
