@@ -97,9 +97,11 @@ class StoreBuilder:
             "statistics/mean": zarr_metadata.vector_array(train.d_in),
             "statistics/variance": zarr_metadata.vector_array(train.d_in),
         }
-        for file in sorted((self.path / "corpus").rglob("zarr.json")):
-            members[str(file.parent.relative_to(self.path))] = json.loads(file.read_bytes())
-        zarr_metadata.write_metadata(self.path, members)
+        corpus = {
+            str(file.parent.relative_to(self.path)): json.loads(file.read_bytes())
+            for file in sorted((self.path / "corpus").rglob("zarr.json"))
+        }
+        zarr_metadata.write_metadata(self.path, members, already_there=corpus)
 
     def layouts(self) -> tuple[Layout, Layout]:
         """Layouts of the training and the held-out rows."""

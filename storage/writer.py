@@ -41,12 +41,16 @@ class SplitWriter:
         *,
         with_masked: bool,
     ) -> None:
-        """root: the store; split: "" for training rows, "heldout" for the held-out ones."""
+        """root: the store; split: "" for training rows, "heldout" for the held-out ones.
+
+        committed: numbers of the shards that are written, by this writer or one before it.
+        """
         self.root, self.split, self.layout, self.codec = root, split, layout, codec
         self._pool, self._with_masked = pool, with_masked
         self._folder = root / split if split else root
         self._commits = root / COMMITS / (split or "train")
         self._commits.mkdir(parents=True, exist_ok=True)
+        self.committed = {int(file.stem) for file in self._commits.glob("[0-9]*.json")}
 
     def metadata(self) -> dict[str, zarr_metadata.Metadata]:
         """zarr.json of each array, by its path below the root."""
@@ -59,10 +63,6 @@ class SplitWriter:
             members[f"{prefix}masked"] = zarr_metadata.masked_array(self.layout)
         return members
 
-    def committed(self) -> set[int]:
-        """Numbers of the shards whose commit record stands."""
-        return {int(file.stem) for file in self._commits.glob("[0-9]*.json")}
-
     def write(
         self,
         shard: int,
@@ -70,11 +70,13 @@ class SplitWriter:
         source_R: NDArray[np.int64],
         masked_R: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Encode, write and commit one shard. Raises DiskError; a partial shard is never seen."""
+        """Encode, write and commit one shard. Raises DiskError; a partial shard is never seen.
+
+        bits_RD: bfloat16 bits; masked_R is left out where the split has no such array.
+        """
         first, last = self.layout.rows_of_shard(shard)
         assert bits_RD.shape == (last - first, self.layout.d_in)
         assert source_R.shape == (last - first,)
-        assert (masked_R is not None) == self._with_masked
         step = self.layout.chunk_rows
         jobs = [
             self._pool.submit(self._encode_chunk, bits_RD[start : start + step])
@@ -87,13 +89,15 @@ class SplitWriter:
             frames.append(frame)
             moments.merge(of_chunk)
         files = {"source": self._write_plain("source", shard, source_R.astype("<i8"))}
-        if masked_R is not None:
+        if self._with_masked:
+            assert masked_R is not None
             files["masked"] = self._write_plain("masked", shard, masked_R.astype("u1"))
         path = self._folder / "activations" / "c" / str(shard) / "0"
         size, digest = write_shard(path, frames, self.layout.chunks_per_shard)
         files["activations"] = {"bytes": size, "sha256": digest}
         record = {"rows": last - first, "files": files, "moments": moments.to_json()}
         write_json(self._commits / f"{shard:08d}.json", record)
+        self.committed.add(shard)
 
     def _encode_chunk(self, bits_RD: Bits) -> tuple[bytes, Moments]:
         # Zarr stores edge chunks at full size: the rows beyond the end are zeros.

@@ -95,8 +95,15 @@ def group(members: Mapping[str, Metadata] | None = None) -> Metadata:
     return metadata
 
 
-def write_metadata(root: Path, members: Mapping[str, Metadata]) -> None:
-    """Write the zarr.json of a root group and of everything below it, the root last."""
+def write_metadata(
+    root: Path,
+    members: Mapping[str, Metadata],
+    already_there: Mapping[str, Metadata] | None = None,
+) -> None:
+    """Write the zarr.json of everything below a root group, then the root's, which lists them all.
+
+    already_there: what is listed but has its zarr.json already.
+    """
     for name, metadata in members.items():
         write_json(root / name / "zarr.json", metadata)
-    write_json(root / "zarr.json", group(members))
+    write_json(root / "zarr.json", group({**members, **(already_there or {})}))

@@ -1,1 +1,47 @@
-"""Placeholder."""
+"""What an SAE is: the registry of architectures, and loading a fitted one.
+
+To add an architecture: one file here, one line in ARCHITECTURES; the contract tests in
+tests/test_sae_contract.py run over the registry, and the command line derives its choices from it.
+Classes are named by strings, so that listing the names at start-up does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from ...storage.errors import InputError
+
+if TYPE_CHECKING:
+    from .base import Sae
+
+ARCHITECTURES: dict[str, str] = {
+    "batch_topk": "batch_topk:BatchTopK",
+    "matryoshka": "matryoshka:Matryoshka",
+    "topk": "topk:TopK",
+}
+
+
+def get_architecture(name: str) -> type[Sae]:
+    """The class of that name; InputError lists the known ones."""
+    if name not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise InputError(f"Unknown architecture {name!r}: choose one of {known}.")
+    module, _, attribute = ARCHITECTURES[name].partition(":")
+    return cast("type[Sae]", getattr(import_module(f".{module}", __name__), attribute))
+
+
+def load_sae(run: str | Path, device: str = "cpu") -> Sae:
+    """The SAE of a run folder, ready on raw (un-normalised) activations.
+
+    Raises StoreError when the folder is not a finished run or is damaged, and InputError for a
+    device that is not there.
+    """
+    from ..devices import pick_device
+    from .weights import read_sae
+
+    return read_sae(Path(run), pick_device(device))
+
+
+__all__ = ["ARCHITECTURES", "get_architecture", "load_sae"]

@@ -1,0 +1,137 @@
+"""sae-pipe fit"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..stages.fitconfig import DTYPES, FitConfig
+from ..stages.sae import ARCHITECTURES
+from .errors import told_to_the_user
+
+_SAE, _LENGTH, _RECIPE, _RUN = "The SAE", "How long", "Recipe", "How it runs"
+
+
+@told_to_the_user
+def fit(
+    store: Annotated[
+        Path, typer.Option(help="The activation store to fit from.", rich_help_panel=_SAE)
+    ],
+    l0: Annotated[
+        int, typer.Option(help="Active latents a row to aim at (k).", rich_help_panel=_SAE)
+    ],
+    arch: Annotated[
+        str, typer.Option(help=f"One of {', '.join(sorted(ARCHITECTURES))}.", rich_help_panel=_SAE)
+    ] = "matryoshka",
+    d_sae: Annotated[
+        int, typer.Option(help="Number of latents.", rich_help_panel=_SAE)
+    ] = FitConfig.d_sae,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The run folder. Default: runs/STORE-ARCH-l0_L0-seedSEED.", rich_help_panel=_RUN
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows to train on; they repeat when the store is used up. Default: one epoch.",
+            rich_help_panel=_LENGTH,
+        ),
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="Passes over the store, instead of --tokens.", rich_help_panel=_LENGTH),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows a step.", rich_help_panel=_LENGTH)
+    ] = FitConfig.batch_size,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate. Default: 2e-4 / sqrt(d_sae / 2**14).", rich_help_panel=_RECIPE
+        ),
+    ] = None,
+    warmup_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of learning-rate warm-up. Default: 1000, or 5 % of the steps if fewer.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    auxk_coefficient: Annotated[
+        float,
+        typer.Option(
+            help="Weight of the auxiliary loss for dead latents.", rich_help_panel=_RECIPE
+        ),
+    ] = FitConfig.auxk_coefficient,
+    dead_after_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens without firing after which a latent counts as dead. Default: 10,000,000, "
+            "or a fifth of the run if fewer.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    threshold_start: Annotated[
+        int | None,
+        typer.Option(
+            help="Step after which the inference threshold is estimated. Default: 1000, or half "
+            "of the steps if fewer.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    k_anneal_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps over which k falls from d_in to --l0. Default: none.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of initial weights and row order.", rich_help_panel=_RUN)
+    ] = FitConfig.seed,
+    device: Annotated[
+        str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", rich_help_panel=_RUN)
+    ] = FitConfig.device,
+    dtype: Annotated[
+        str, typer.Option(help=f"Of the products: {', '.join(DTYPES)}.", rich_help_panel=_RUN)
+    ] = FitConfig.dtype,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Minutes between checkpoints.", rich_help_panel=_RUN)
+    ] = FitConfig.checkpoint_minutes,
+) -> None:
+    """Fit a sparse autoencoder from a store.
+
+    The same command goes on with a run that was interrupted, to the same weights.
+    """
+    # Torch takes seconds to import: a flag that cannot work is refused before that.
+    config = FitConfig(
+        arch=arch,
+        k=l0,
+        d_sae=d_sae,
+        tokens=tokens,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        warmup_steps=warmup_steps,
+        auxk_coefficient=auxk_coefficient,
+        dead_after_tokens=dead_after_tokens,
+        threshold_start=threshold_start,
+        k_anneal_steps=k_anneal_steps,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        checkpoint_minutes=checkpoint_minutes,
+    )
+    from ..stages.fit import default_out
+    from ..stages.fit import fit as run
+    from ..storage import open_store
+
+    opened = open_store(store)
+    folder = default_out(opened, config) if out is None else out
+    summary = run(opened, config, folder)
+    from .tables import run_table
+
+    typer.echo(run_table([(str(folder), summary)]))
+    typer.echo(f"Weights, curve and metrics are in {folder}.")

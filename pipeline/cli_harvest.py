@@ -1,0 +1,216 @@
+"""sae-pipe harvest"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import told_to_the_user
+
+_MODEL, _TEXT, _ROWS, _RUN = "What is hooked", "Text", "Rows and masking", "How it runs"
+
+
+@told_to_the_user
+def harvest(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A local folder, a Hub id, or a short name such as pythia-160m or gemma-2-2b.",
+            rich_help_panel=_MODEL,
+        ),
+    ],
+    layer: Annotated[
+        list[int],
+        typer.Option(
+            help="Block to hook, counted from 0; give it several times for several layers "
+            "from one pass.",
+            rich_help_panel=_MODEL,
+        ),
+    ],
+    mask_p: Annotated[
+        list[float],
+        typer.Option(
+            help="Probability with which a token is replaced by the mask string; give it several "
+            "times for one store each.",
+            rich_help_panel=_ROWS,
+        ),
+    ] = [0.0],  # noqa: B006 - typer copies it
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The store. With several layers or ratios: one store each, named "
+            "acts-layer8-p0.3.zarr.",
+            rich_help_panel=_RUN,
+        ),
+    ] = Path("acts.zarr"),
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Training rows of each store. Default: 500,000,000, or all the text if it is "
+            "shorter.",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None,
+    heldout_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of documents kept out of training, stored unmasked. Default: 1,000,000 or "
+            "1 %, the smaller.",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None,
+    hook: Annotated[
+        str,
+        typer.Option(
+            help="resid_post (output of the block), resid_pre, mlp_out or attn_out.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "resid_post",
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a Hub model.", rich_help_panel=_MODEL),
+    ] = None,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="pile-cc, a Hub dataset id, or local .jsonl, .jsonl.zst, .jsonl.gz, .parquet or "
+            ".txt files (a file, a folder or a quoted glob).",
+            rich_help_panel=_TEXT,
+        ),
+    ] = "pile-cc",
+    text_column: Annotated[
+        str | None,
+        typer.Option(help="Column with the text. Default: text.", rich_help_panel=_TEXT),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split of a Hub dataset. Default: train.", rich_help_panel=_TEXT),
+    ] = None,
+    filter: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep records whose field has this value: meta.pile_set_name=Pile-CC.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    dataset_revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a Hub dataset.", rich_help_panel=_TEXT),
+    ] = None,
+    dedup: Annotated[
+        str,
+        typer.Option(
+            help="Drop documents seen before: exact (same normalised text), minhash "
+            "(near-duplicates) or none.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = "exact",
+    context_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a context. Default: 1024 or the model's maximum, the smaller.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    pack: Annotated[
+        bool,
+        typer.Option(
+            "--pack/--no-pack",
+            help="Join documents by the end-of-text token, or keep one document a context.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = True,
+    mask_string: Annotated[
+        str,
+        typer.Option(
+            help="What a masked token becomes; one token of the tokenizer.", rich_help_panel=_ROWS
+        ),
+    ] = "...",
+    drop_masked: Annotated[
+        bool,
+        typer.Option(
+            "--drop-masked", help="Leave out the rows at masked positions.", rich_help_panel=_ROWS
+        ),
+    ] = False,
+    keep_first: Annotated[
+        bool,
+        typer.Option(
+            "--keep-first",
+            help="Keep the first position of each context and BOS positions (attention sinks).",
+            rich_help_panel=_ROWS,
+        ),
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(help="Of masks, shuffles and the held-out split.", rich_help_panel=_ROWS)
+    ] = 0,
+    codec: Annotated[
+        str, typer.Option(help="lossless or none (no compression).", rich_help_panel=_RUN)
+    ] = "lossless",
+    device: Annotated[
+        str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", rich_help_panel=_RUN)
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="The model's: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16.",
+            rich_help_panel=_RUN,
+        ),
+    ] = "auto",
+    batch_contexts: Annotated[
+        int | None,
+        typer.Option(
+            help="Contexts a forward pass. Default: chosen for the device.", rich_help_panel=_RUN
+        ),
+    ] = None,
+    buffer_gb: Annotated[
+        float | None,
+        typer.Option(
+            help="Memory for the blocks that rows are shuffled in. Default: a quarter of the "
+            "machine's, at most 17.2.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=_RUN)
+    ] = False,
+) -> None:
+    """Run a language model over text and write its activations into a shuffled store.
+
+    Without --tokens and --dataset it is the paper's recipe: 500 million tokens of Pile-CC. The same
+    command goes on with a store that was interrupted.
+    """
+    from ..stages.harvest import harvest as run
+    from ..stages.harvest_config import HarvestConfig
+    from ..stages.sources import TextConfig
+
+    text = TextConfig(
+        dataset=dataset,
+        text_column=text_column,
+        split=split,
+        filter=filter,
+        revision=dataset_revision,
+    )
+    config = HarvestConfig(
+        model=model,
+        layers=tuple(layer),
+        mask_p=tuple(mask_p),
+        out=out,
+        revision=revision,
+        hook=hook,
+        text=text,
+        dedup=dedup,
+        context_size=context_size,
+        pack=pack,
+        mask_string=mask_string,
+        drop_masked=drop_masked,
+        keep_first=keep_first,
+        tokens=tokens,
+        heldout_tokens=heldout_tokens,
+        seed=seed,
+        codec=codec,
+        device=device,
+        dtype=dtype,
+        batch_contexts=batch_contexts,
+        buffer_bytes=None if buffer_gb is None else int(buffer_gb * 1e9),
+    )
+    run(config, say=typer.echo, dry_run=dry_run)

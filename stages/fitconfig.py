@@ -1,0 +1,212 @@
+"""What a fit is told (FitConfig) and what follows from it for one run (Schedule).
+
+Imports no torch, so that the command line can show the defaults. The defaults are the reference
+trainers' recipe for the TopK family (docs/recipes.md).
+"""
+
+import math
+from dataclasses import dataclass
+
+from ..storage.errors import InputError
+from .sae import ARCHITECTURES
+from .sae.groups import group_sizes
+
+_TINY = 5e-324  # the smallest number above 0
+DTYPES = ("float32", "tf32", "bfloat16", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Everything that decides the weights of a fit, given a store.
+
+    What to fit:
+        arch: a name of ARCHITECTURES; k: the L0 to reach (--l0); d_sae: number of latents.
+        group_fractions, group_weights: Matryoshka's groups as shares of d_sae, and the weight of
+            each prefix's loss (None: 1 / number of groups).
+    How long:
+        tokens, epochs: rows to train on, or passes over the store; one of them, or neither for one
+            pass. batch_size: rows a step. Rows repeat in another order when the store is used up.
+    Optimiser:
+        lr: None is 2e-4 / sqrt(d_sae / 2**14). betas, eps: Adam's. grad_clip: largest total norm.
+        warmup_steps, decay_start: the learning rate rises from 0 for that many steps, and falls to
+            0 from that share of the steps on.
+        k_anneal_steps: steps over which k falls from d_in to k; None keeps k.
+    Dead latents and inference:
+        auxk_coefficient: weight of the auxiliary loss. dead_after_tokens: tokens without firing
+            after which a latent is dead.
+        threshold_start, threshold_beta: the first step after which the inference threshold is
+            estimated, and how much of it each step keeps.
+    Numbers:
+        normalise: divide rows by the root of the store's mean squared norm; the factor is folded
+            into the saved weights. seed: of the initial weights and of the order of rows.
+        device: auto, cpu, cuda, cuda:N, mps. dtype: float32; tf32 and bfloat16 for the products
+            only, with float32 weights; float64 for checks.
+    Bookkeeping (changes no weight):
+        log_every: steps between lines of metrics.jsonl; None is about a thousand lines a run.
+        heldout_every: steps between held-out evaluations; None is ten a run. heldout_rows: how many
+            rows each of them uses (the summary uses all).
+        checkpoint_minutes, checkpoint_steps: how often to checkpoint; steps, if given, in addition.
+
+    None for warmup_steps, threshold_start and dead_after_tokens is the reference value (1000 steps,
+    1000 steps, 10,000,000 tokens), made smaller for runs too short for it: at most 5 % of the
+    steps, half of the steps, and a fifth of the tokens. A run that stopped before its threshold was
+    estimated would fire on everything, and one shorter than dead_after_tokens would never revive a
+    latent. What was resolved is in the run's config.json under `resolved`.
+    """
+
+    arch: str
+    k: int
+    d_sae: int = 4096
+    group_fractions: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
+    group_weights: tuple[float, ...] | None = None
+
+    tokens: int | None = None
+    epochs: float | None = None
+    batch_size: int = 2048
+
+    lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+    warmup_steps: int | None = None
+    decay_start: float = 0.8
+    k_anneal_steps: int | None = None
+
+    auxk_coefficient: float = 1 / 32
+    dead_after_tokens: int | None = None
+    threshold_start: int | None = None
+    threshold_beta: float = 0.999
+
+    normalise: bool = True
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+
+    log_every: int | None = None
+    heldout_every: int | None = None
+    heldout_rows: int = 16_384
+    checkpoint_minutes: float = 5.0
+    checkpoint_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for values that can never work, whatever the store."""
+        if self.arch not in ARCHITECTURES:
+            known = ", ".join(sorted(ARCHITECTURES))
+            raise InputError(f"Unknown architecture {self.arch!r}: choose one of {known}.")
+        if self.dtype not in DTYPES:
+            raise InputError(
+                f"Unknown dtype {self.dtype!r} for a fit: choose one of {', '.join(DTYPES)}."
+            )
+        for flag, value, least in (
+            ("--d-sae", self.d_sae, 1),
+            ("--l0", self.k, 1),
+            ("--batch-size", self.batch_size, 1),
+            ("--warmup-steps", self.warmup_steps, 0),
+            ("--threshold-start", self.threshold_start, 0),
+            ("--dead-after-tokens", self.dead_after_tokens, 1),
+            ("--k-anneal-steps", self.k_anneal_steps, 1),
+            ("--log-every", self.log_every, 1),
+            ("--heldout-every", self.heldout_every, 1),
+            ("--heldout-rows", self.heldout_rows, 0),
+            ("--checkpoint-steps", self.checkpoint_steps, 1),
+        ):
+            if value is not None and value < least:
+                raise InputError(f"{flag} must be at least {least}, not {value}.")
+        if self.k >= self.d_sae:
+            raise InputError(
+                f"--l0 {self.k} must be smaller than --d-sae {self.d_sae}: an SAE that keeps "
+                "every latent is not sparse. Pass a smaller --l0."
+            )
+        self._check_floats()
+        if self.arch == "matryoshka":
+            group_sizes(self.group_fractions, self.d_sae)
+            if self.group_weights is not None and len(self.group_weights) != len(
+                self.group_fractions
+            ):
+                raise InputError(
+                    f"There are {len(self.group_fractions)} groups, but "
+                    f"{len(self.group_weights)} group weights. Pass one weight for each group."
+                )
+        if self.tokens is not None and self.epochs is not None:
+            raise InputError("--tokens and --epochs both say how long to train. Pass one of them.")
+
+    def _check_floats(self) -> None:
+        over_0, open_end = "above 0", math.inf
+        for flag, value, least, below, range_ in (
+            ("--lr", self.lr, _TINY, open_end, over_0),
+            ("--epochs", self.epochs, _TINY, open_end, over_0),
+            ("--grad-clip", self.grad_clip, _TINY, open_end, over_0),
+            ("--checkpoint-minutes", self.checkpoint_minutes, _TINY, open_end, over_0),
+            ("--auxk-coefficient", self.auxk_coefficient, 0, open_end, "0 or more"),
+            ("--decay-start", self.decay_start, 0, 1 + 1e-9, "between 0 and 1"),
+            ("--threshold-beta", self.threshold_beta, 0, 1, "at least 0 and below 1"),
+        ):
+            if value is not None and not least <= value < below:
+                raise InputError(f"{flag} must be {range_}, not {value:g}.")
+
+    def schedule(self, n_rows: int | None = None) -> "Schedule":
+        """What follows for a store of n_rows rows. Raises InputError when nothing can be trained.
+
+        n_rows may be left out when `tokens` is given.
+        """
+        tokens = self.tokens
+        if tokens is None:
+            if n_rows is None:
+                raise InputError("Without a store, the config must say how many tokens to train.")
+            tokens = int((1 if self.epochs is None else self.epochs) * n_rows)
+        steps = tokens // self.batch_size
+        if steps < 1:
+            raise InputError(
+                f"A run of {tokens} tokens is less than one batch of {self.batch_size}. "
+                "Pass more --tokens or a smaller --batch-size."
+            )
+        schedule = Schedule(
+            steps=steps,
+            tokens=steps * self.batch_size,
+            lr=2e-4 / math.sqrt(self.d_sae / 2**14) if self.lr is None else self.lr,
+            warmup_steps=_given_or(self.warmup_steps, min(1000, steps // 20)),
+            # A hair is added because 0.29 * 100 is 28.999999999999996.
+            decay_start_step=int(self.decay_start * steps + 1e-9),
+            threshold_start=_given_or(self.threshold_start, min(1000, steps // 2 - 1)),
+            dead_after_tokens=_given_or(
+                self.dead_after_tokens, max(1, min(10_000_000, tokens // 5))
+            ),
+            log_every=_given_or(self.log_every, max(1, steps // 1000)),
+            heldout_every=_given_or(self.heldout_every, max(1, steps // 10)),
+        )
+        schedule.check()
+        return schedule
+
+
+def _given_or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """FitConfig's open values, decided for one run. Steps count updates from 0."""
+
+    steps: int
+    tokens: int
+    lr: float
+    warmup_steps: int
+    decay_start_step: int
+    threshold_start: int
+    dead_after_tokens: int
+    log_every: int
+    heldout_every: int
+
+    def check(self) -> None:
+        """InputError when given values contradict the length of the run."""
+        if self.warmup_steps > self.decay_start_step:
+            raise InputError(
+                f"--warmup-steps {self.warmup_steps} ends after the learning rate begins to fall, "
+                f"at step {self.decay_start_step} of {self.steps}. "
+                "Pass fewer --warmup-steps or more --tokens."
+            )
+        if self.threshold_start >= self.steps - 1:
+            raise InputError(
+                f"--threshold-start {self.threshold_start} leaves no step of {self.steps} to "
+                "estimate the inference threshold in, and the SAE would fire on everything. "
+                "Pass a smaller --threshold-start or more --tokens."
+            )

@@ -1,0 +1,175 @@
+"""The forward pass over a block: tokens in, bfloat16 rows in the block's buffer out.
+
+# B contexts of a batch, T positions, D d_model, R rows
+
+The device never waits for the host: rows leave it by asynchronous copies into pinned memory, and a
+thread puts them to their places while the next batch runs. On a CPU the same thread does the same
+with nothing to copy.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..storage.errors import NonFiniteError
+from .backoff import BatchRunner
+from .block_buffer import BlockBuffer
+from .row_map import BlockRows
+
+_IN_FLIGHT = 3  # batches between the device and the buffer
+
+
+@dataclass
+class _Parcel:
+    """Rows of one batch on their way to the host."""
+
+    rows: dict[int, Tensor]  # layer -> bfloat16 (R, D), on the host once `copied` has happened
+    is_finite: dict[int, Tensor]
+    copied: torch.cuda.Event | None
+    deliver: Callable[[dict[int, Tensor], dict[int, Tensor]], None]
+
+
+class HostCopier:
+    """Takes rows off the device in the order given, a few batches behind it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device = device
+        self._parcels: queue.Queue[_Parcel | None] = queue.Queue(_IN_FLIGHT)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._deliver_all, name="host-copy", daemon=True)
+        self._thread.start()
+
+    def put(
+        self,
+        rows: dict[int, Tensor],
+        deliver: Callable[[dict[int, Tensor], dict[int, Tensor]], None],
+    ) -> None:
+        """Copy rows to the host and call deliver(rows, is_finite) in the thread."""
+        self._raise_error()
+        is_finite = {layer: torch.isfinite(part).all() for layer, part in rows.items()}
+        if self._stream is None:
+            rows = {layer: part.to("cpu") for layer, part in rows.items()}
+            self._parcels.put(_Parcel(rows, is_finite, None, deliver))
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            on_host = {layer: self._to_host(part) for layer, part in rows.items()}
+            finite_on_host = {layer: self._to_host(flag) for layer, flag in is_finite.items()}
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        self._parcels.put(_Parcel(on_host, finite_on_host, event, deliver))
+
+    def _to_host(self, source: Tensor) -> Tensor:
+        # Pinned memory comes from torch's caching host allocator: taken anew, but not made anew.
+        assert self._stream is not None
+        target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        target.copy_(source, non_blocking=True)
+        source.record_stream(self._stream)
+        return target
+
+    def _deliver_all(self) -> None:
+        while (parcel := self._parcels.get()) is not None:
+            if self._error is None:
+                try:
+                    if parcel.copied is not None:
+                        parcel.copied.synchronize()
+                    parcel.deliver(parcel.rows, parcel.is_finite)
+                except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+                    self._error = error
+            self._parcels.task_done()
+        self._parcels.task_done()
+
+    def flush(self) -> None:
+        """Wait until everything put so far is delivered; raise what delivering raised."""
+        self._parcels.join()
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """End the thread."""
+        self._parcels.put(None)
+        self._thread.join()
+
+
+def fill_block(
+    runner: BatchRunner,
+    block: BlockRows,
+    buffer: BlockBuffer,
+    *,
+    batch_contexts: int,
+    copier: HostCopier,
+    note_every_s: float,
+    advance: Callable[[int], None],
+) -> None:
+    """Run the model over a block's contexts and put the rows into the buffer.
+
+    advance: called with the number of rows each time a batch is in. Raises NonFiniteError, naming
+    context and position, when an activation is NaN or Inf.
+    """
+    row = int(block.kept_CT[: buffer.filled].sum())
+    advance(row)
+    for start in range(buffer.filled, block.n_contexts, batch_contexts):
+        stop = min(start + batch_contexts, block.n_contexts)
+        if not block.kept_CT[start:stop].any():
+            continue
+        length = int(block.lengths_C[start:stop].max())
+        tokens_BT = torch.from_numpy(block.tokens_CT[start:stop, :length].astype(np.int64))
+        kept_BT = block.kept_CT[start:stop, :length]
+        for part, activations in runner.run(tokens_BT):
+            kept = np.flatnonzero(kept_BT[part])
+            rows = slice(row, row + len(kept))
+            deliver = _delivery(buffer, block, rows, advance)
+            copier.put(_kept_rows(activations, kept), deliver)
+            row = rows.stop
+        if buffer.wants_note(note_every_s):
+            copier.flush()
+            buffer.note(stop)
+    copier.flush()
+    assert row == block.n_rows, f"{row} rows computed, {block.n_rows} planned"
+
+
+def _kept_rows(activations: dict[int, Tensor], kept: NDArray[np.int64]) -> dict[int, Tensor]:
+    rows = {}
+    for layer, values_BTD in activations.items():
+        where = torch.from_numpy(kept).to(values_BTD.device, non_blocking=True)
+        flat = values_BTD.reshape(-1, values_BTD.shape[-1])
+        rows[layer] = flat.index_select(0, where).to(torch.bfloat16)
+    return rows
+
+
+def _delivery(
+    buffer: BlockBuffer, block: BlockRows, rows: slice, advance: Callable[[int], None]
+) -> Callable[[dict[int, Tensor], dict[int, Tensor]], None]:
+    places_R, source_R = block.places_R[rows], block.source_R[rows]
+
+    def deliver(parts: dict[int, Tensor], is_finite: dict[int, Tensor]) -> None:
+        for layer, rows_RD in parts.items():
+            if not bool(is_finite[layer]):
+                raise _non_finite(layer, rows_RD, source_R, block.tokens_CT.shape[1])
+            buffer.put(layer, places_R, rows_RD.view(torch.uint16).numpy())
+        advance(len(places_R))
+
+    return deliver
+
+
+def _non_finite(
+    layer: int, rows_RD: Tensor, source_R: NDArray[np.int64], context_size: int
+) -> NonFiniteError:
+    is_bad_R = ~torch.isfinite(rows_RD).all(dim=1)
+    first = int(is_bad_R.nonzero()[0, 0])
+    context, position = divmod(int(source_R[first]), context_size)
+    return NonFiniteError(
+        f"The activation of layer {layer} at context {context}, position {position} is NaN or "
+        f"Inf. The model overflows in this number format: pass --dtype "
+        "float32 (or bfloat16 if it was float16). The rows before are kept."
+    )

@@ -1,0 +1,300 @@
+"""Stage one: a language model over text, its activations into shuffled stores.
+
+text -> token corpus (contexts, permuted once) -> blocks of contexts -> masked forward pass -> rows
+permuted inside the block -> shards. One pass over the corpus serves every layer; each mask ratio
+has a pass of its own over the same contexts. The same command goes on with what it began.
+"""
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..storage import provenance
+from ..storage.builder import StoreBuilder, is_begun
+from ..storage.corpus import Corpus
+from ..storage.errors import InputError, StoreError
+from ..storage.layout import choose_layout
+from ..storage.lock import sole_writer
+from ..storage.manifest import COMPLETE, MANIFEST, TOKENISING
+from ..storage.writer import SplitWriter
+from .block_buffer import FOLDER as BLOCK_FOLDER
+from .corpus import build_corpus
+from .harvest_config import HarvestConfig, Target, check_same, request_of, targets
+from .harvest_job import HarvestJob, as_json, resolve
+from .harvest_plan import make_plan
+from .harvest_run import Pass, encode_threads, link_tree, run_passes
+from .hooks import HookedModel
+from .models import load_truncated
+from .progress import progress
+from .row_map import KeepRule, RowMap
+
+Say = Callable[[str], None]
+Builders = dict[Target, StoreBuilder]
+
+
+def harvest(
+    config: HarvestConfig,
+    *,
+    say: Say = print,
+    show_progress: bool = True,
+    dry_run: bool = False,
+) -> list[Path]:
+    """Make the stores that `config` asks for, or go on with them; returns their paths.
+
+    Raises InputError, StoreError, DiskError, NetworkError and NonFiniteError, each one sentence for
+    the user. Whatever stops it, the same call goes on where it stopped, to the same bytes.
+    """
+    wanted = targets(config)
+    with ExitStack() as locks:
+        builders = _begun(config, wanted, locks)
+        todo = []
+        for target in wanted:
+            if target in builders and builders[target].state == COMPLETE:
+                rows = builders[target].layouts()[0].n_rows
+                say(f"{target.path} is complete: {rows:,} rows of this recipe. Nothing to do.")
+            else:
+                todo.append(target)
+        if todo:
+            unfinished = {t: builders[t] for t in todo if t in builders}
+            _harvest(config, todo, unfinished, locks, say, show_progress, dry_run)
+    return [target.path for target in wanted]
+
+
+def _harvest(
+    config: HarvestConfig,
+    todo: list[Target],
+    builders: Builders,
+    locks: ExitStack,
+    say: Say,
+    show_progress: bool,
+    dry_run: bool,
+) -> None:
+    job = resolve(config, {target.path: b.manifest for target, b in builders.items()})
+    for target, builder in builders.items():
+        check_same(target.path, builder.manifest["recipe"], as_json(job.recipe(target)))
+    layers = tuple(sorted({target.layer for target in todo}))
+    model = load_truncated(job.info, layers, config.hook, job.device, job.dtype)
+    new = [t for t in todo if t not in builders or builders[t].state == TOKENISING]
+    execution: dict[str, Any] = {}
+    if new:
+        plan, execution = make_plan(job, model, new)
+        for line in plan.lines():
+            say(line)
+        plan.check_disk()
+    if dry_run:
+        return
+    _begin(job, todo, builders, locks)
+    _add_corpus(job, builders, new, show_progress=show_progress, say=say)
+    _lay_out(job, {target: builders[target] for target in new}, execution)
+    _run(job, model, builders, show_progress=show_progress)
+    for target, builder in builders.items():
+        train, heldout = builder.layouts()
+        say(
+            f"{target.path} is complete: {train.n_rows:,} training and {heldout.n_rows:,} held-out "
+            "rows."
+        )
+
+
+# --- stores: begun, given their tokens, laid out ---
+
+
+def _begun(config: HarvestConfig, wanted: list[Target], locks: ExitStack) -> Builders:
+    """The stores that an earlier run has begun with the same flags, locked."""
+    builders: Builders = {}
+    for target in wanted:
+        if not is_begun(target.path):
+            _check_free_place(target.path)
+            continue
+        locks.enter_context(sole_writer(target.path, "Store"))
+        builder = StoreBuilder.resume(target.path)
+        if "request" not in builder.manifest:
+            raise InputError(
+                f"Store {target.path} was not made by a harvest, so it cannot be gone on with. "
+                "Pass another --out."
+            )
+        check_same(target.path, builder.manifest["request"], as_json(request_of(config, target)))
+        builders[target] = builder
+    return builders
+
+
+def _check_free_place(path: Path) -> None:
+    """InputError when something that is not ours stands where the store shall be."""
+    ours = {".lock", "corpus.building"}
+    if path.is_dir() and {entry.name for entry in path.iterdir()} <= ours:
+        return
+    if path.exists():
+        raise InputError(
+            f"{path} exists and is not an activation store. Pass another --out, or move it away."
+        )
+
+
+def _begin(job: HarvestJob, todo: list[Target], builders: Builders, locks: ExitStack) -> None:
+    """Write the manifests of new stores, and note this run in all of them."""
+    session = {
+        "started": provenance.now(),
+        "hardware": provenance.hardware(),
+        "device": _device_name(job.device),
+        "versions": provenance.versions(),
+    }
+    for target in todo:
+        if target not in builders:
+            locks.enter_context(sole_writer(target.path, "Store"))
+            if is_begun(target.path):
+                raise InputError(
+                    f"Store {target.path} was begun by another process just now. "
+                    "Run the same command again to see whether it is the same recipe."
+                )
+            request, recipe = request_of(job.config, target), job.recipe(target)
+            builders[target] = StoreBuilder.begin(
+                target.path, as_json(request), as_json(recipe), job.config.codec
+            )
+            job.tokenizer.save(target.path / "tokenizer.json")
+        builders[target].record_session(session)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
+
+def _add_corpus(
+    job: HarvestJob, builders: Builders, new: list[Target], *, show_progress: bool, say: Say
+) -> None:
+    """Give every store the token corpus: built once, shared with the stores beside it."""
+    without = [target for target in builders if not (target.path / "corpus").is_dir()]
+    if not without:
+        return
+    existing = _corpus_beside(job, builders)
+    if existing is None:
+        assert job.source is not None
+        first = without.pop(0)
+        try:
+            build_corpus(
+                first.path / "corpus",
+                job.corpus,
+                job.source,
+                job.tokenizer,
+                show_progress=show_progress,
+            )
+        except InputError:
+            # The text is not enough for these flags: the next command has other ones, and finds
+            # the tokens that are done but no store of another recipe.
+            for target in new:
+                (target.path / MANIFEST).unlink(missing_ok=True)
+                (target.path / "tokenizer.json").unlink(missing_ok=True)
+            raise
+        existing = first.path / "corpus"
+    else:
+        say(f"tokens    those of {existing.parent}, which has the same text")
+    for target in without:
+        link_tree(existing, target.path / "corpus")
+
+
+def _corpus_beside(job: HarvestJob, builders: Builders) -> Path | None:
+    """A finished corpus of the same recipe, in these stores or in others of the same folder."""
+    folders = dict.fromkeys(target.path.absolute().parent for target in builders)
+    beside = [
+        found.parent for folder in folders for found in sorted(folder.glob("*/corpus/*.json"))
+    ]
+    for path in beside:
+        try:
+            corpus = Corpus(path)
+        except StoreError:
+            continue  # damaged: not ours to judge here, and of no use
+        if as_json(corpus.info["recipe"]) == job.corpus_recipe:
+            return path
+    return None
+
+
+def _lay_out(job: HarvestJob, builders: Builders, execution: dict[str, Any]) -> None:
+    """Fix the sizes, now that it is known how many rows the text gives."""
+    n_layers = len({target.layer for target in builders})
+    for target, builder in builders.items():
+        train, heldout = _row_maps(job, target, builder)
+        n_rows, n_heldout = train.available_rows, heldout.available_rows
+        if job.config.tokens is not None:
+            n_rows = min(n_rows, job.config.tokens)
+        elif job.corpus.train_rows is not None:
+            n_rows = min(n_rows, job.corpus.train_rows)
+        builder.lay_out(
+            choose_layout(
+                n_rows=n_rows,
+                d_in=job.info.d_model,
+                block_bytes=execution["buffer_bytes"] // (2 * n_layers),
+                shard_rows=job.config.shard_rows,
+            ),
+            choose_layout(
+                n_rows=min(n_heldout, job.corpus.heldout_rows),
+                d_in=job.info.d_model,
+                block_bytes=0,
+            ),
+            execution,
+        )
+
+
+def _row_maps(job: HarvestJob, target: Target, builder: StoreBuilder) -> tuple[RowMap, RowMap]:
+    """Training and held-out rows of a store."""
+    corpus = Corpus(builder.path / "corpus")
+    rule = KeepRule(
+        keep_first=job.config.keep_first,
+        bos_id=job.tokenizer.bos_id,
+        drop_masked=job.config.drop_masked,
+    )
+    train = RowMap(corpus.train, rule, job.mask(target.mask_p), shuffle_seed=job.config.seed)
+    unmasked = replace(rule, drop_masked=False)
+    return train, RowMap(corpus.heldout, unmasked, job.mask(0.0), shuffle_seed=None)
+
+
+# --- the run ---
+
+
+def _run(job: HarvestJob, model: HookedModel, builders: Builders, *, show_progress: bool) -> None:
+    with ThreadPoolExecutor(encode_threads(), thread_name_prefix="encode") as pool:
+        writers = {target: builder.writers(pool) for target, builder in builders.items()}
+        passes = _passes(job, builders, writers)
+        total = sum(job_pass.layout.n_rows for job_pass in passes)
+        execution = next(iter(builders.values())).manifest["execution"]
+        with progress(total, "harvest", "rows", show=show_progress) as bar:
+            run_passes(
+                model,
+                passes,
+                note_every_s=job.config.note_every_s,
+                tokens_per_s=execution["tokens_per_s"],
+                bar=bar,
+            )
+        for target, builder in builders.items():
+            builder.finish(*writers[target])
+            shutil.rmtree(target.path / BLOCK_FOLDER, ignore_errors=True)
+
+
+def _passes(
+    job: HarvestJob,
+    builders: Builders,
+    writers: dict[Target, tuple[SplitWriter, SplitWriter]],
+) -> list[Pass]:
+    """Held-out rows once for all mask ratios, then one pass for each ratio; stores of another
+    layout (begun by another command) have passes of their own."""
+    heldout: dict[Any, Pass] = {}
+    training: dict[Any, Pass] = {}
+    for target, builder in builders.items():
+        of_train, of_heldout = _row_maps(job, target, builder)
+        train_layout, heldout_layout = builder.layouts()
+        contexts = int(builder.manifest["execution"]["batch_contexts"])
+        train_writer, heldout_writer = writers[target]
+        for group, key, label, rows, layout, writer in (
+            (heldout, None, "heldout", of_heldout, heldout_layout, heldout_writer),
+            (training, target.mask_p, "train", of_train, train_layout, train_writer),
+        ):
+            job_pass = group.setdefault(
+                (key, layout, contexts),
+                Pass(label=label, rows=rows, layout=layout, batch_contexts=contexts, writers={}),
+            )
+            job_pass.writers.setdefault(target.layer, []).append(writer)
+    return [*heldout.values(), *training.values()]

@@ -1,0 +1,145 @@
+"""What a harvest is asked for, the stores it makes, and what tells one recipe from another."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..storage.codecs import get_codec
+from ..storage.errors import InputError
+from .hooks import DEFAULT_HOOK
+from .masking import DEFAULT_MASK_STRING
+from .sources import TextConfig
+
+DEFAULT_TOKENS = 500_000_000  # as the paper trains (arXiv 2604.06495)
+DEFAULT_CONTEXT_SIZE = 1024
+MAX_HELDOUT_TOKENS = 1_000_000
+
+# A folder, or a Hub id, belongs to neither side of a comparison of what was asked for: what is in
+# it is compared by digest.
+Request = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestConfig:
+    """One harvest: a store for each pair of mask_p and layers.
+
+    tokens: training rows of each store (None: 500 million, or all the text if it is shorter);
+    heldout_tokens: held-out rows (None: a million or 1 %, the smaller); context_size: None for the
+    smaller of 1024 and the model's maximum; batch_contexts: None to choose; buffer_bytes: memory
+    for the blocks being filled and written, None for a quarter of the machine's;
+    note_every_s: a block that takes longer than this to fill is kept on disk and noted this often.
+    """
+
+    model: str
+    layers: tuple[int, ...]
+    mask_p: tuple[float, ...] = (0.0,)
+    out: Path = Path("acts.zarr")
+    revision: str | None = None
+    hook: str = DEFAULT_HOOK
+    text: TextConfig = field(default_factory=TextConfig)
+    dedup: str = "exact"
+    context_size: int | None = None
+    pack: bool = True
+    mask_string: str = DEFAULT_MASK_STRING
+    drop_masked: bool = False
+    keep_first: bool = False
+    tokens: int | None = None
+    heldout_tokens: int | None = None
+    seed: int = 0
+    codec: str = "lossless"
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_contexts: int | None = None
+    buffer_bytes: int | None = None
+    shard_rows: int | None = None
+    note_every_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        get_codec(self.codec)
+        for p in self.mask_p:
+            if not 0.0 <= p <= 1.0:  # also refuses NaN
+                raise InputError(
+                    f"Mask probability {p} is outside [0, 1]. "
+                    "Pass --mask-p a number from 0 to 1, for example 0.3."
+                )
+        if self.drop_masked and 1.0 in self.mask_p:
+            raise InputError(
+                "With --mask-p 1 and --drop-masked no row is left. Leave one of them out."
+            )
+        for flag, value in (
+            ("--tokens", self.tokens),
+            ("--context-size", self.context_size),
+            ("--batch-contexts", self.batch_contexts),
+            ("--shard-rows", self.shard_rows),
+        ):
+            if value is not None and value < 1:
+                raise InputError(f"{flag} is {value}, and has to be at least 1.")
+        if self.heldout_tokens is not None and self.heldout_tokens < 0:
+            raise InputError(f"--heldout-tokens is {self.heldout_tokens}, and has to be 0 or more.")
+
+    @property
+    def heldout_rows(self) -> int:
+        """Rows of the held-out split."""
+        if self.heldout_tokens is not None:
+            return self.heldout_tokens
+        return min(MAX_HELDOUT_TOKENS, max((self.tokens or DEFAULT_TOKENS) // 100, 1))
+
+
+@dataclass(frozen=True)
+class Target:
+    """One store of a harvest."""
+
+    path: Path
+    layer: int
+    mask_p: float
+
+
+def targets(config: HarvestConfig) -> list[Target]:
+    """The stores of a harvest: --out itself, or one name for each pair of layer and mask_p."""
+    layers = tuple(dict.fromkeys(config.layers))
+    ratios = tuple(dict.fromkeys(config.mask_p))
+    if len(layers) * len(ratios) == 1:
+        return [Target(config.out, layers[0], ratios[0])]
+    stem = config.out.name.removesuffix(".zarr")
+    return [
+        Target(config.out.with_name(f"{stem}-layer{layer}-p{ratio:g}.zarr"), layer, ratio)
+        for ratio in ratios
+        for layer in layers
+    ]
+
+
+def request_of(config: HarvestConfig, target: Target) -> Request:
+    """What was asked for, flag by flag, for one store: compared when the command runs again.
+
+    Left out is what does not change a row: where it is written and how fast.
+    """
+    asked = asdict(config)
+    for name in ("out", "layers", "mask_p", "device", "batch_contexts", "note_every_s"):
+        del asked[name]
+    text = asked.pop("text")
+    return {"layer": target.layer, "mask_p": target.mask_p, **asked, **text}
+
+
+def check_same(path: Path, begun: dict[str, Any], asked: dict[str, Any]) -> None:
+    """InputError with every difference when a store was begun with another recipe."""
+    differences = [
+        f"{name.replace('.', ' ')} is {old} there and {new} here"
+        for name, old, new in _differences(begun, asked)
+    ]
+    if differences:
+        raise InputError(
+            f"Store {path} was begun with another recipe: {'; '.join(differences)}. "
+            "Pass the same flags to go on with it, or another --out."
+        )
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            below = f"{name}.{key}" if name else key
+            found += _differences(old.get(key), new.get(key), below)
+        return found
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        return [] if list(old) == list(new) else [(name, list(old), list(new))]
+    return [] if old == new else [(name, old, new)]

@@ -1,0 +1,182 @@
+"""What a harvest's flags mean for this model, this tokenizer and this text.
+
+Everything that can be wrong with them is found here, before anything is written. A store that was
+begun pins its revisions: a branch that has moved since then changes nothing.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..storage.corpus import CORPUS_JSON
+from ..storage.errors import InputError
+from .corpus import CorpusConfig, corpus_recipe
+from .devices import pick_device, pick_dtype
+from .harvest_config import (
+    DEFAULT_CONTEXT_SIZE,
+    DEFAULT_TOKENS,
+    MAX_HELDOUT_TOKENS,
+    HarvestConfig,
+    Target,
+)
+from .masking import MaskConfig
+from .models import ModelInfo, check_layer, inspect_model
+from .sources import TextConfig, TextSource, open_text
+from .tokens import TextTokenizer
+
+# Only to tell a small text from a large one before it is read.
+_BYTES_PER_TOKEN = 4
+_UNPACKED = {".gz": 3.0, ".zst": 3.0, ".parquet": 2.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestJob:
+    """A harvest with everything resolved.
+
+    source: None when the tokens are there already, so that no text is needed;
+    corpus_recipe: what the token corpus is made from.
+    """
+
+    config: HarvestConfig
+    info: ModelInfo
+    device: torch.device
+    dtype: torch.dtype
+    tokenizer: TextTokenizer
+    mask_id: int
+    source: TextSource | None
+    corpus: CorpusConfig
+    corpus_recipe: dict[str, Any]
+
+    def mask(self, p: float) -> MaskConfig:
+        """The masking of one mask ratio; held-out rows have p = 0."""
+        return MaskConfig(
+            p=p,
+            mask_id=self.mask_id,
+            seed=self.config.seed,
+            special_ids=self.tokenizer.special_ids,
+        )
+
+    def recipe(self, target: Target) -> dict[str, Any]:
+        """What decides about a store's rows: this is hashed and compared."""
+        is_folder = self.info.commit is None
+        return {
+            "model": {
+                "name": Path(self.info.source).name if is_folder else self.info.source,
+                "revision": self.info.revision,
+                "architecture": self.info.architecture,
+            },
+            "hook": self.config.hook,
+            "layer": target.layer,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "mask": {
+                "p": target.mask_p,
+                "string": self.config.mask_string,
+                "id": self.mask_id,
+                "special_ids": list(self.tokenizer.special_ids),
+            },
+            "drop_masked": self.config.drop_masked,
+            "keep_first": self.config.keep_first,
+            "rows": self.config.tokens,
+            "corpus": self.corpus_recipe,
+            "seed": self.config.seed,
+            "codec": self.config.codec,
+        }
+
+
+def resolve(config: HarvestConfig, begun: dict[Path, dict[str, Any]]) -> HarvestJob:
+    """Look at model, tokenizer and text.
+
+    begun: manifests of the stores that this harvest has begun already, by their paths. Raises
+    InputError or NetworkError for whatever does not work.
+    """
+    recipe = next(iter(begun.values()))["recipe"] if begun else None
+    info = inspect_model(config.model, _pinned_model(config, recipe))
+    check_layer(info, config.layers, config.hook)
+    context_size = _context_size(config, info)
+    device = pick_device(config.device)
+    tokenizer = TextTokenizer.load(info.source, info.commit)
+    mask_id = tokenizer.mask_id(config.mask_string)
+    has_corpus = any((path / "corpus" / CORPUS_JSON).is_file() for path in begun)
+    if recipe is not None and has_corpus:
+        source, made_from = None, recipe["corpus"]
+        corpus = CorpusConfig(**made_from["config"])
+    else:
+        source = open_text(_pinned_text(config.text, recipe))
+        corpus = _corpus_config(config, context_size, source)
+        made_from = as_json(corpus_recipe(corpus, source, tokenizer))
+    return HarvestJob(
+        config=config,
+        info=info,
+        device=device,
+        dtype=pick_dtype(config.dtype, device),
+        tokenizer=tokenizer,
+        mask_id=mask_id,
+        source=source,
+        corpus=corpus,
+        corpus_recipe=made_from,
+    )
+
+
+def _pinned_model(config: HarvestConfig, recipe: dict[str, Any] | None) -> str | None:
+    if recipe is None or str(recipe["model"]["revision"]).startswith("sha256:"):
+        return config.revision
+    return str(recipe["model"]["revision"])
+
+
+def _pinned_text(text: TextConfig, recipe: dict[str, Any] | None) -> TextConfig:
+    if recipe is None or recipe["corpus"]["source"]["kind"] != "hub":
+        return text
+    return replace(text, revision=recipe["corpus"]["source"]["parts"][0]["revision"])
+
+
+def _context_size(config: HarvestConfig, info: ModelInfo) -> int:
+    limit = info.max_context
+    if config.context_size is None:
+        return min(DEFAULT_CONTEXT_SIZE, limit or DEFAULT_CONTEXT_SIZE)
+    if limit is not None and config.context_size > limit:
+        raise InputError(
+            f"--context-size {config.context_size} is longer than the {limit} tokens that model "
+            f"{info.source} can take. Pass {limit} or less."
+        )
+    return config.context_size
+
+
+def _corpus_config(config: HarvestConfig, context_size: int, source: TextSource) -> CorpusConfig:
+    tokens, heldout = config.tokens, config.heldout_tokens
+    text_tokens = estimated_tokens(source)
+    if tokens is None and (text_tokens is None or text_tokens > 1.5 * DEFAULT_TOKENS):
+        tokens = DEFAULT_TOKENS
+    if heldout is None:
+        heldout = min(MAX_HELDOUT_TOKENS, max((tokens or text_tokens or 0) // 100, 1))
+    if tokens is not None and config.drop_masked:
+        # The corpus holds as many more rows as will be left out, with 8 standard deviations to
+        # spare: every store must be able to hold the rows asked for.
+        kept = 1.0 - max(config.mask_p)
+        tokens = int(tokens / kept + 8 * tokens**0.5 / kept) + context_size
+    return CorpusConfig(
+        context_size=context_size,
+        pack=config.pack,
+        dedup=config.dedup,
+        seed=config.seed,
+        train_rows=tokens,
+        heldout_rows=heldout,
+        keep_first=config.keep_first,
+    )
+
+
+def estimated_tokens(source: TextSource) -> int | None:
+    """Roughly how many tokens local files hold; None for a dataset of the Hub."""
+    sizes = [(str(part.get("name")), part.get("bytes")) for part in source.identity["parts"]]
+    if any(size is None for _, size in sizes):
+        return None
+    unpacked = (size * _UNPACKED.get(Path(name).suffix, 1.0) for name, size in sizes)
+    return int(sum(unpacked) / _BYTES_PER_TOKEN)
+
+
+def as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """The value as it comes back from a manifest."""
+    result: dict[str, Any] = json.loads(json.dumps(value, default=str))
+    return result

@@ -1,0 +1,175 @@
+"""The long part of a harvest: forward passes fill blocks, threads write them as shards.
+
+While one block is filled the one before is encoded and written, so two blocks are in memory for
+each hooked layer. A block whose shards are all committed is skipped: that is all there is to
+resuming.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..storage.codecs.base import Bits
+from ..storage.layout import Layout
+from ..storage.writer import SplitWriter
+from .backoff import BatchRunner
+from .block_buffer import BlockBuffer
+from .forward import HostCopier, fill_block
+from .hooks import HookedModel
+from .row_map import BlockRows, RowMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One way through the tokens of a split: the same masked tokens for all layers.
+
+    writers: layer -> the stores that take its rows (several for held-out rows, which do not depend
+    on the mask ratio).
+    """
+
+    label: str
+    rows: RowMap
+    layout: Layout
+    batch_contexts: int
+    writers: dict[int, list[SplitWriter]]
+
+    def missing(self, block: int) -> set[int]:
+        """Shards of a block that some store has not committed."""
+        shards = set(self.layout.shards_of_block(block))
+        everywhere = [w.committed for writers in self.writers.values() for w in writers]
+        return shards - set.intersection(*everywhere)
+
+    def rows_done(self) -> int:
+        """Rows of the blocks that need no more work."""
+        spans = [self.layout.rows_of_block(b) for b in range(self.layout.n_blocks)]
+        return sum(last - first for b, (first, last) in enumerate(spans) if not self.missing(b))
+
+
+class BlockPipeline:
+    """Fills blocks on the device and writes them behind it."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        *,
+        note_every_s: float,
+        tokens_per_s: float,
+        advance: Callable[[int], None],
+    ) -> None:
+        """tokens_per_s: measured; decides whether a block takes so long that it is kept on disk."""
+        self._model, self._note_every_s, self._advance = model, note_every_s, advance
+        self._tokens_per_s = tokens_per_s
+        self._copier = HostCopier(model.device)
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._behind: Future[None] | None = None
+        self._spare: list[dict[int, Bits]] = []
+
+    def run(self, job: Pass, block: int) -> None:
+        """Fill one block and hand it over to be written."""
+        missing = job.missing(block)
+        if not missing:
+            return
+        rows = job.rows.block(job.layout, block)
+        buffer = self._buffer(job, block, rows)
+        layers = tuple(sorted(job.writers))
+        fill_block(
+            BatchRunner(replace(self._model, layers=layers), job.batch_contexts),
+            rows,
+            buffer,
+            batch_contexts=job.batch_contexts,
+            copier=self._copier,
+            note_every_s=self._note_every_s,
+            advance=self._advance,
+        )
+        self.wait()
+        self._behind = self._writing.submit(self._write, job, rows, buffer, missing)
+
+    def _buffer(self, job: Pass, block: int, rows: BlockRows) -> BlockBuffer:
+        d_model = self._model.d_model
+        tokens = rows.n_contexts * job.rows.table.context_size
+        if tokens / self._tokens_per_s > self._note_every_s:
+            stores = {layer: writers[0].root for layer, writers in job.writers.items()}
+            return BlockBuffer.on_disk(stores, f"{job.label}-{block}", rows.n_rows, d_model)
+        # Memory is taken once and used again: fresh pages cost more than filling them.
+        whole = self._spare.pop() if self._spare else {}
+        for layer in job.writers:
+            if layer not in whole or len(whole[layer]) < rows.n_rows:
+                whole[layer] = np.empty((rows.n_rows, d_model), np.uint16)
+        return BlockBuffer.in_memory(whole)
+
+    def _write(self, job: Pass, rows: BlockRows, buffer: BlockBuffer, missing: set[int]) -> None:
+        source_R, masked_R = rows.stored(rows.source_R), rows.stored(rows.masked_R)
+        for layer, writers in job.writers.items():
+            for writer in writers:
+                for shard in sorted(missing - writer.committed):
+                    first, last = job.layout.rows_of_shard(shard)
+                    part = slice(first - rows.first_row, last - rows.first_row)
+                    writer.write(shard, buffer.values[layer][part], source_R[part], masked_R[part])
+        if not buffer.is_on_disk:
+            self._spare.append(buffer.values)
+        buffer.discard()
+
+    def wait(self) -> None:
+        """Until the block behind is written; raise what writing it raised."""
+        if self._behind is not None:
+            behind, self._behind = self._behind, None
+            behind.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._copier.close()
+        self._writing.shutdown(wait=True)
+
+
+def run_passes(
+    model: HookedModel,
+    passes: list[Pass],
+    *,
+    note_every_s: float,
+    tokens_per_s: float,
+    bar: Any,
+) -> None:
+    """Run every pass, block by block, all passes together so that their stores grow alike."""
+    done = sum(job.rows_done() for job in passes)
+    bar.initial = bar.n = done
+    bar.refresh()
+    pipeline = BlockPipeline(
+        model, note_every_s=note_every_s, tokens_per_s=tokens_per_s, advance=bar.update
+    )
+    try:
+        for block in range(max((job.layout.n_blocks for job in passes), default=0)):
+            for job in passes:
+                if block < job.layout.n_blocks:
+                    pipeline.run(job, block)
+        pipeline.wait()
+    finally:
+        pipeline.close()
+
+
+def encode_threads() -> int:
+    """Threads that encode chunks: blosc lets the interpreter go, so all cores can."""
+    return os.cpu_count() or 1
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Make `target` hold the files of `source`, without copying them where the disk allows.
+
+    Files of a store are never changed in place, only replaced, so sharing them is safe.
+    """
+    unfinished = target.with_name(f".{target.name}.linking")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(source, unfinished, copy_function=_link_or_copy)
+    os.replace(unfinished, target)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without links
+        shutil.copy2(source, target)

@@ -1,0 +1,155 @@
+"""Which rows a split holds and where each is stored: a pure function of corpus and recipe.
+
+# C contexts, T positions of a context, R rows of a block
+
+Rows are counted through the contexts of the corpus in order. A block is a run of block_rows of
+them; it may begin and end inside a context, whose forward pass then runs for both blocks. Inside a
+block the rows are permuted, so that every block, shard and chunk is a fair sample.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..storage.corpus import TokenTable, row_positions
+from ..storage.counter import permutation, stream_key
+from ..storage.layout import Layout
+from .masking import MaskConfig, mask_tokens
+
+_SLICE_CONTEXTS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepRule:
+    """Which positions become rows.
+
+    keep_first: keep the first position of a context and BOS positions (attention sinks);
+    bos_id: the tokenizer's; drop_masked: leave out positions whose token was replaced.
+    """
+
+    keep_first: bool
+    bos_id: int | None
+    drop_masked: bool
+
+    def keeps(
+        self,
+        tokens_CT: NDArray[np.integer[Any]],
+        lengths_C: NDArray[np.integer[Any]],
+        is_masked_CT: NDArray[np.bool_],
+    ) -> NDArray[np.bool_]:
+        """Whether each position becomes a row, (C, T). Padding never does."""
+        kept_CT = row_positions(
+            tokens_CT, lengths_C, bos_id=self.bos_id, keep_first=self.keep_first
+        )
+        if self.drop_masked:
+            kept_CT &= ~is_masked_CT
+        return kept_CT
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """The rows of one block before any of them is computed.
+
+    tokens_CT: what the model is given (masked); lengths_C; kept_CT: positions that are rows of this
+    block; places_R: row j (in text order) is stored at first_row + places_R[j]; source_R and
+    masked_R: of row j, in text order.
+    """
+
+    first_row: int
+    first_context: int
+    tokens_CT: NDArray[np.integer[Any]]
+    lengths_C: NDArray[np.integer[Any]]
+    kept_CT: NDArray[np.bool_]
+    places_R: NDArray[np.int64]
+    source_R: NDArray[np.int64]
+    masked_R: NDArray[np.bool_]
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.places_R)
+
+    @property
+    def n_contexts(self) -> int:
+        return len(self.lengths_C)
+
+    def stored(self, values_R: NDArray[np.generic]) -> NDArray[np.generic]:
+        """Values of rows in text order, put into stored order."""
+        out = np.empty_like(values_R)
+        out[self.places_R] = values_R
+        return out
+
+
+class RowMap:
+    """The rows of one split under one mask ratio."""
+
+    def __init__(
+        self,
+        table: TokenTable,
+        rule: KeepRule,
+        mask: MaskConfig,
+        *,
+        shuffle_seed: int | None,
+    ) -> None:
+        """shuffle_seed: of the permutation inside blocks; None keeps text order."""
+        self.table, self.rule, self.mask, self._shuffle_seed = table, rule, mask, shuffle_seed
+        self._starts = self._count()
+
+    @property
+    def available_rows(self) -> int:
+        """Rows that the corpus holds under this rule."""
+        return int(self._starts[-1])
+
+    def _count(self) -> NDArray[np.int64]:
+        """First row of each context, and the total at the end: (n_contexts + 1,)."""
+        counts = np.zeros(self.table.n_contexts + 1, np.int64)
+        for start in range(0, self.table.n_contexts, _SLICE_CONTEXTS):
+            stop = min(start + _SLICE_CONTEXTS, self.table.n_contexts)
+            tokens_CT, lengths_C = self.table.tokens(start, stop), self.table.lengths(start, stop)
+            if self.rule.drop_masked:
+                _, is_masked_CT = self._masked(tokens_CT, start)
+            else:
+                is_masked_CT = np.zeros(tokens_CT.shape, np.bool_)
+            counts[start + 1 : stop + 1] = self.rule.keeps(tokens_CT, lengths_C, is_masked_CT).sum(
+                axis=1
+            )
+        return np.cumsum(counts)
+
+    def _masked(
+        self, tokens_CT: NDArray[np.integer[Any]], first_context: int
+    ) -> tuple[NDArray[np.integer[Any]], NDArray[np.bool_]]:
+        return mask_tokens(
+            tokens_CT,
+            first_context=first_context,
+            context_size=self.table.context_size,
+            config=self.mask,
+        )
+
+    def block(self, layout: Layout, block: int) -> BlockRows:
+        """The rows of one block of a layout."""
+        first, last = layout.rows_of_block(block)
+        begin = int(np.searchsorted(self._starts, first, side="right")) - 1
+        end = int(np.searchsorted(self._starts, last, side="left"))
+        tokens_CT, lengths_C = self.table.tokens(begin, end), self.table.lengths(begin, end)
+        masked_tokens_CT, is_masked_CT = self._masked(tokens_CT, begin)
+        kept_CT = self.rule.keeps(tokens_CT, lengths_C, is_masked_CT)
+        # Rows of the first and last context that belong to a neighbouring block.
+        numbers = int(self._starts[begin]) + np.arange(int(kept_CT.sum()))
+        kept_CT[kept_CT] = (numbers >= first) & (numbers < last)
+        n_rows = last - first
+        if self._shuffle_seed is None:
+            places_R = np.arange(n_rows, dtype=np.int64)
+        else:
+            places_R = permutation(stream_key(self._shuffle_seed, "rows", block), n_rows)
+        context_C, position_C = np.nonzero(kept_CT)
+        return BlockRows(
+            first_row=first,
+            first_context=begin,
+            tokens_CT=masked_tokens_CT,
+            lengths_C=lengths_C,
+            kept_CT=kept_CT,
+            places_R=places_R,
+            source_R=(begin + context_C) * self.table.context_size + position_C,
+            masked_R=is_masked_CT[kept_CT],
+        )

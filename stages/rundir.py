@@ -1,0 +1,145 @@
+"""The folder of one run, and what survives a crash in it.
+
+    config.json          the recipe with everything resolved, the store's digest, the SAE's shape
+    metrics.jsonl        one JSON object a line, each step at most once, in order
+    checkpoint/          checkpoint.json names the newest state-STEP.safetensors
+    sae.safetensors      the weights, on raw activations
+    curve.png            the training curves
+    summary.json         written last: a run that has one is complete
+
+Every file but metrics.jsonl is written whole or not at all; of metrics.jsonl a resumed run keeps
+the lines up to its checkpoint.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from ..storage import provenance
+from ..storage.errors import InputError, StoreError
+from ..storage.files import write_json, write_whole
+from .sae.weights import FORMAT, FORMAT_VERSION, read_config, read_safetensors
+
+Line = dict[str, Any]
+
+
+class RunFolder:
+    """Reads and writes a run folder. The caller holds its lock (`storage.lock.sole_writer`)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_file = path / "metrics.jsonl"
+        self.summary_file = path / "summary.json"
+        self.checkpoint_folder = path / "checkpoint"
+
+    def begin(self, recipe: dict[str, Any], details: dict[str, Any]) -> None:
+        """Write config.json, or check that the one there has the same recipe.
+
+        recipe: what decides the weights, compared; details: the rest, recorded only. Raises
+        InputError that shows the difference, and StoreError when the folder is damaged.
+        """
+        recipe = json.loads(json.dumps(recipe))  # tuples become lists, as they come back
+        if (self.path / "config.json").is_file():
+            self._check_same(read_config(self.path).get("recipe"), recipe)
+            return
+        config = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "recipe": recipe,
+            **details,
+            "provenance": {
+                "begun": provenance.now(),
+                "command": provenance.command_line(),
+                "versions": provenance.versions(),
+                "hardware": provenance.hardware(),
+            },
+        }
+        write_json(self.path / "config.json", config)
+
+    def _check_same(self, found: Any, wanted: dict[str, Any]) -> None:
+        found = found if isinstance(found, dict) else {}
+        differing = [
+            f"{name}={found.get(name)!r} there and {wanted.get(name)!r} here"
+            for name in sorted(found.keys() | wanted.keys())
+            if found.get(name) != wanted.get(name)
+        ]
+        if differing:
+            raise InputError(
+                f"{self.path} holds a run of another configuration: {'; '.join(differing)}. "
+                "Pass another --out, or the configuration of that run."
+            )
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a complete run, None of an unfinished one."""
+        if not self.summary_file.is_file():
+            return None
+        return dict(_load_json(self.summary_file))
+
+    def write_checkpoint(self, state: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
+        """Replace the checkpoint: the new state is whole on disk before the old one goes.
+
+        progress: plain values that go on with the run; must have `step`. Raises DiskError.
+        """
+        name = f"state-{progress['step']:010d}.safetensors"
+        tensors = {key: value.cpu().contiguous() for key, value in state.items()}
+        write_whole(self.checkpoint_folder / name, save(tensors, {"format": "pt"}))
+        write_json(self.checkpoint_folder / "checkpoint.json", {"state": name, **progress})
+        for old in self.checkpoint_folder.glob("state-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+
+    def read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest state and its progress; None when there is none yet."""
+        file = self.checkpoint_folder / "checkpoint.json"
+        if not file.is_file():
+            return None
+        progress = dict(_load_json(file))
+        return read_safetensors(self.checkpoint_folder / str(progress.get("state"))), progress
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the lines after a step, and one that a crash cut off."""
+        if self.metrics_file.is_file():
+            kept = [line for line in self.read_metrics() if line["step"] <= step]
+            write_whole(self.metrics_file, b"".join(_as_line(line) for line in kept))
+
+    def append_metrics(self, lines: list[Line]) -> None:
+        """Add lines; on disk when this returns, so that no checkpoint is ahead of its metrics."""
+        if lines:
+            with self.metrics_file.open("ab") as file:
+                file.write(b"".join(_as_line(line) for line in lines))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[Line]:
+        """All whole lines."""
+        if not self.metrics_file.is_file():
+            return []
+        raw = self.metrics_file.read_bytes()
+        return [json.loads(line) for line in raw[: raw.rfind(b"\n") + 1].splitlines()]
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them: NaN and Inf, which it does not know, become null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
+def _as_line(line: Line) -> bytes:
+    return json.dumps(plain(line), allow_nan=False).encode() + b"\n"
+
+
+def _load_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise StoreError(
+            f"{file} is damaged: it is not JSON ({error}). Remove the run folder and fit again."
+        ) from error

@@ -1,0 +1,26 @@
+"""The constraint of unit decoder rows: gradients stay in its tangent, rows return to it.
+
+# D d_in, S d_sae
+
+Without the constraint the reconstruction could shrink latents and grow rows at will.
+"""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def project_gradient_(w_dec_SD: Tensor) -> None:
+    """Remove from the gradient of each row its component along the row."""
+    gradient_SD = w_dec_SD.grad
+    assert gradient_SD is not None
+    unit_SD = w_dec_SD / (w_dec_SD.norm(dim=1, keepdim=True) + 1e-6)
+    along_S1 = (gradient_SD * unit_SD).sum(dim=1, keepdim=True)
+    gradient_SD.addcmul_(along_S1, unit_SD, value=-1)
+
+
+@torch.no_grad()
+def normalise_rows_(w_dec_SD: Tensor) -> None:
+    """Scale each row to unit norm; a row of zeros stays one."""
+    epsilon = torch.finfo(w_dec_SD.dtype).eps
+    w_dec_SD.div_(w_dec_SD.norm(dim=1, keepdim=True) + epsilon)

@@ -1,0 +1,144 @@
+"""An SAE on disk: sae.safetensors (weights on raw activations) and config.json.
+
+config.json has `format`, `format_version` and a key `sae` with architecture, d_in, d_sae, k and
+what else the architecture's constructor takes; a run's config.json holds the recipe beside it.
+Nothing is ever pickled.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ...storage.errors import StoreError
+from ...storage.files import write_json, write_whole
+from . import ARCHITECTURES, get_architecture
+from .base import Sae
+
+FORMAT = "sae-pipe run"
+FORMAT_VERSION = 1
+CONFIG_LIMIT_BYTES = 1 << 24  # a config is a few kB
+DTYPES = (torch.float32, torch.float64)
+
+
+def describe_sae(sae: Sae) -> dict[str, Any]:
+    """The `sae` section of config.json: what rebuilds the module."""
+    here = f"{type(sae).__module__.rpartition('.')[2]}:{type(sae).__qualname__}"
+    architecture = next(name for name, target in ARCHITECTURES.items() if target == here)
+    sizes = {"d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k}
+    return {"architecture": architecture, **sizes, **sae.options}
+
+
+def write_weights(sae: Sae, folder: Path) -> None:
+    """sae.safetensors, whole or not at all. Raises DiskError."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()}
+    write_whole(folder / "sae.safetensors", save(tensors, {"format": "pt"}))
+
+
+def save_sae(sae: Sae, folder: Path) -> None:
+    """A folder that load_sae reads, for an SAE that takes raw activations. Raises DiskError."""
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    write_json(folder / "config.json", header | {"sae": describe_sae(sae)})
+    write_weights(sae, folder)
+
+
+def read_sae(folder: Path, device: torch.device) -> Sae:
+    """The SAE of a folder, with frozen parameters.
+
+    Raises StoreError: missing, unfinished, damaged, of a newer format.
+    """
+    config = read_config(folder)
+    file = folder / "sae.safetensors"
+    if not file.is_file():
+        raise StoreError(
+            f"Run {folder} has no weights: the fit is not finished. "
+            "Run the same `sae-pipe fit` command again to finish it."
+        )
+    sae = _rebuild(folder, config.get("sae"))
+    tensors = _read_tensors(file, sae)
+    sae.load_state_dict(tensors, assign=True)
+    return sae.to(device).requires_grad_(False).eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run folder, checked to be one."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise StoreError(
+            f"There is no run at {folder}: it has no config.json. "
+            "Pass the folder that `sae-pipe fit --out` wrote."
+        )
+    if file.stat().st_size > CONFIG_LIMIT_BYTES:
+        raise StoreError(f"{file} is damaged: a config of that size cannot be. Fit the run again.")
+    try:
+        config = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise StoreError(
+            f"{file} is damaged: it is not JSON ({error}). Fit the run again."
+        ) from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise StoreError(
+            f"{folder} is not a run: config.json does not name the format {FORMAT!r}. "
+            "Pass the folder that `sae-pipe fit --out` wrote."
+        )
+    version = config.get("format_version")
+    if type(version) is not int or version > FORMAT_VERSION:
+        raise StoreError(
+            f"Run {folder} has format version {version}, and this sae-pipe reads up to "
+            f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade sae-pipe."
+        )
+    return config
+
+
+def _rebuild(folder: Path, section: Any) -> Sae:
+    try:
+        options = dict(section)
+        architecture = get_architecture(options.pop("architecture"))
+        sizes = [options[name] for name in ("d_in", "d_sae", "k")]
+        if any(type(size) is not int or size < 1 for size in sizes):
+            raise ValueError(f"sizes {sizes}")
+        # Built without storage: the sizes are checked against the file before memory is taken.
+        with torch.device("meta"):
+            sae = architecture(**options)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise StoreError(
+            f"Run {folder} cannot be loaded: config.json describes no SAE ({error}). "
+            "Fit the run again."
+        ) from error
+    return sae
+
+
+def _read_tensors(file: Path, sae: Sae) -> dict[str, Tensor]:
+    expected = sae.parameter_shapes(sae.d_in, sae.d_sae)
+    tensors = read_safetensors(file)
+    missing = sorted(set(expected) ^ set(tensors))
+    if missing:
+        raise StoreError(
+            f"{file} does not hold the tensors of its architecture: {', '.join(missing)} "
+            "should not be there or are missing. Fit the run again."
+        )
+    for name, shape in expected.items():
+        found = tensors[name]
+        if tuple(found.shape) != shape or found.dtype not in DTYPES:
+            raise StoreError(
+                f"{file} holds {name} as {found.dtype} {tuple(found.shape)}, but config.json asks "
+                f"for float32 {shape}. Fit the run again."
+            )
+        if not found.isfinite().all():
+            raise StoreError(f"{file} holds NaN or Inf in {name}. Fit the run again.")
+    return tensors
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU. Raises StoreError when it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise StoreError(
+            f"{file} is damaged: it is not a safetensors file ({error}). Fit the run again."
+        ) from error

@@ -1,0 +1,176 @@
+"""Small real objects that several test files share."""
+
+# tiny models: 4 layers, d_model 32, 64 tokens, contexts of 64
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from sae_pipe.stages.tokens import TextTokenizer
+from sae_pipe.storage import ActivationStore, open_store
+from sae_pipe.storage.builder import StoreBuilder
+from sae_pipe.storage.codecs.base import round_to_bfloat16
+from sae_pipe.storage.corpus_writer import complete as complete_corpus
+from sae_pipe.storage.corpus_writer import create_groups
+from sae_pipe.storage.layout import Layout
+
+_TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+_TINY_GEMMA = _TINY | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
+_TINY_GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_TINY),
+    "gpt2": lambda: transformers.GPT2Config(**_TINY_GPT2, bos_token_id=0, eos_token_id=0),
+    "llama": lambda: transformers.LlamaConfig(**_TINY, num_key_value_heads=2),
+    "gemma2": lambda: transformers.Gemma2Config(**_TINY_GEMMA),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(**_TINY_GEMMA),
+    "qwen2": lambda: transformers.Qwen2Config(**_TINY, num_key_value_heads=2),
+    "qwen3": lambda: transformers.Qwen3Config(**_TINY, num_key_value_heads=2, head_dim=8),
+}
+
+
+def save_tiny_model(config: transformers.PretrainedConfig, folder: Path) -> Path:
+    """A causal language model with random weights, saved with its head as published ones are."""
+    torch.manual_seed(0)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:  # biases and norms start at 0 or 1, where mistakes cannot be seen
+                weight.add_(0.1 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Family -> folder of a tiny random model; to be read only."""
+    root = tmp_path_factory.mktemp("tiny_models")
+    return {name: save_tiny_model(make(), root / name) for name, make in FAMILIES.items()}
+
+
+@pytest.fixture(params=FAMILIES)
+def family_folder(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Path:
+    """The folder of each family's tiny model in turn."""
+    return tiny_models[request.param]
+
+
+@pytest.fixture
+def neox_folder(tiny_models: dict[str, Path]) -> Path:
+    """The folder of the tiny GPT-NeoX, for tests that need just one model."""
+    return tiny_models["gpt_neox"]
+
+
+def write_store(
+    path: Path, rows_ND: NDArray[np.float32], heldout_ND: NDArray[np.float32]
+) -> ActivationStore:
+    """A complete store of the given rows (rounded to bfloat16), with an empty token corpus."""
+    corpus = path / "corpus"
+    create_groups(corpus)
+    complete_corpus(corpus, {})
+    builder = StoreBuilder.begin(path, {}, {"test": path.name}, "lossless")
+    sizes = {"d_in": rows_ND.shape[1], "chunk_rows": 256, "shard_rows": 1024, "block_rows": 2048}
+    builder.lay_out(
+        Layout(n_rows=len(rows_ND), **sizes), Layout(n_rows=len(heldout_ND), **sizes), {}
+    )
+    with ThreadPoolExecutor(1) as pool:
+        writers = builder.writers(pool)
+        for writer, values_ND, with_masked in zip(
+            writers, (rows_ND, heldout_ND), (True, False), strict=True
+        ):
+            bits_ND = round_to_bfloat16(values_ND)
+            for shard in range(writer.layout.n_shards):
+                first, last = writer.layout.rows_of_shard(shard)
+                masked = np.zeros(last - first, np.bool_) if with_masked else None
+                writer.write(shard, bits_ND[first:last], np.arange(first, last), masked)
+        builder.finish(*writers)
+    return open_store(path)
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """4,096 training and 512 held-out rows of 16 values: sparse sums of 48 directions, mean 3."""
+    rng = np.random.default_rng(0)
+    directions_FD = rng.standard_normal((48, 16)).astype(np.float32)
+    active_NF = (rng.random((4608, 48)) < 0.05) * rng.uniform(0.5, 2, (4608, 48))
+    rows_ND = (active_NF @ directions_FD + 3).astype(np.float32)
+    folder = tmp_path_factory.mktemp("small_store") / "acts.zarr"
+    return write_store(folder, rows_ND[:4096], rows_ND[4096:])
+
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog and runs into the dark forest.",
+    "A whale is a very large animal that lives in the sea; it is not a fish...",
+    "In the beginning was the word, and the word was written on a small stone.",
+    "Call me a fool, but wörds like naïve and café make tokenizers work harder…",
+)
+
+
+def save_tiny_tokenizer(folder: Path, *, bos: bool, eos: bool) -> Path:
+    """A byte-level BPE tokenizer of 400 tokens; with `bos` it prepends <bos>, as Llama's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>"] * eos + ["<bos>"] * bos
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
+    tokenizer.add_tokens(["..."])
+    if bos:
+        marks = [("<bos>", tokenizer.token_to_id("<bos>"))]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A $B", special_tokens=marks
+        )
+    named = {"bos_token": "<bos>"} if bos else {}
+    named |= {"eos_token": "<|endoftext|>"} if eos else {}
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=16, **named
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny tokenizers: plain (EOS only), bos (prepends it), bare (neither)."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {
+        "plain": save_tiny_tokenizer(root / "plain", bos=False, eos=True),
+        "bos": save_tiny_tokenizer(root / "bos", bos=True, eos=True),
+        "bare": save_tiny_tokenizer(root / "bare", bos=False, eos=False),
+    }
+
+
+@pytest.fixture(scope="session")
+def text_tokenizers(tokenizer_folders: dict[str, Path]) -> dict[str, TextTokenizer]:
+    """The tiny tokenizers, loaded."""
+    return {name: TextTokenizer.load(str(path)) for name, path in tokenizer_folders.items()}
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub that nothing listens for, as on a machine without network."""
+    address = "http://127.0.0.1:9"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)

@@ -1,0 +1,149 @@
+"""Metrics are their definitions, whatever the mean, the scale and the batch size.
+
+# N rows, D d_in, S d_sae
+"""
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae_pipe.stages.metrics import METRICS, evaluate, get_metric
+from sae_pipe.stages.metrics.density import Density
+from sae_pipe.stages.sae import get_architecture
+from sae_pipe.stages.sae.base import Sae
+from sae_pipe.storage import InputError
+
+N, D, S = 60, 5, 12
+
+
+def triple(seed: int, mean: float = 100.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows far from zero, sparse latents of which two never fire, and an imperfect x_hat."""
+    random = torch.Generator().manual_seed(seed)
+    x_ND = torch.randn(N, D, generator=random, dtype=torch.float64) + mean
+    latents_NS = torch.relu(torch.randn(N, S, generator=random, dtype=torch.float64) - 1)
+    latents_NS[:, :2] = 0
+    x_hat_ND = 0.9 * (x_ND - mean) + mean + 0.3 * torch.randn(N, D, generator=random).double()
+    return x_ND, latents_NS, x_hat_ND
+
+
+def definitions(x_ND: Tensor, latents_NS: Tensor, x_hat_ND: Tensor) -> dict[str, float]:
+    """Each value by its formula, on all rows at once."""
+    x, f, x_hat = x_ND.numpy(), latents_NS.numpy(), x_hat_ND.numpy()
+    fvu = ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    density = (f != 0).mean(0)
+    return {
+        "explained_variance": 1 - fvu,
+        "fvu": fvu,
+        "mse": ((x - x_hat) ** 2).mean(),
+        "l0": (f != 0).sum(1).mean(),
+        "dead_fraction": (density == 0).mean(),
+        "dead_fraction_rows": len(x),
+        "gamma": (x_hat**2).sum() / (x * x_hat).sum(),
+        "density_p10": np.quantile(density, 0.1),
+        "density_p50": np.quantile(density, 0.5),
+        "density_p90": np.quantile(density, 0.9),
+        "density_max": density.max(),
+    }
+
+
+def measured(parts: tuple[Tensor, ...], batch_rows: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name in METRICS:
+        metric = get_metric(name)
+        for batch in zip(*(part.split(batch_rows) for part in parts), strict=True):
+            metric.update(*batch)
+        found |= metric.result()
+    return found
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 1000),
+    batch_rows=st.integers(1, N),
+    mean=st.sampled_from([0.0, 3.0, -1e3, 1e6]),
+)
+def test_every_metric_is_its_definition_in_batches_of_any_size(
+    seed: int, batch_rows: int, mean: float
+) -> None:
+    parts = triple(seed, mean)
+    # At a mean of 1e6 the data themselves have 10 digits left, and so have their definitions.
+    assert measured(parts, batch_rows) == pytest.approx(definitions(*parts), rel=1e-7)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3))
+def test_scaling_activations_changes_the_mean_squared_error_only(seed: int, scale: float) -> None:
+    before, after = measured(triple(seed), N), measured(tuple(p * scale for p in triple(seed)), N)
+    assert after.pop("mse") == pytest.approx(before.pop("mse") * scale**2)
+    assert after == pytest.approx(before)
+
+
+def test_explained_variance_has_the_centred_truth_where_a_known_tool_has_not() -> None:
+    """Squaring before the mean gives 0.99 for these rows; the truth is that nothing is explained."""
+    x_ND, latents_NS, _ = triple(0)
+    x_hat_ND = x_ND.mean(dim=0).expand_as(x_ND)
+    assert measured((x_ND, latents_NS, x_hat_ND), 7)["explained_variance"] == pytest.approx(0)
+
+
+def test_sums_are_in_float64() -> None:
+    metric = get_metric("mse")
+    x_BD = torch.full((1, 1), 1.0)
+    metric.update(x_BD * 1e4, x_BD, x_BD * 0)
+    for _ in range(100):
+        metric.update(x_BD, x_BD, x_BD * 0)  # float32 would lose each 1 beside 1e8
+    assert metric.result()["mse"] == (1e8 + 100) / 101
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_no_rows_give_no_number_and_no_error(name: str) -> None:
+    values = get_metric(name).result()
+    values.pop("dead_fraction_rows", None)
+    assert values
+    assert all(math.isnan(value) for value in values.values())
+
+
+def test_an_unknown_metric_lists_the_known_ones() -> None:
+    message = f"Unknown metric 'recall': choose one of {', '.join(sorted(METRICS))}."
+    with pytest.raises(InputError, match=re.escape(message)):
+        get_metric("recall")
+
+
+def test_density_keeps_the_vector() -> None:
+    x_ND, latents_NS, x_hat_ND = triple(3)
+    density = Density()
+    density.update(x_ND, latents_NS, x_hat_ND)
+    assert density.per_latent.tolist() == (latents_NS != 0).double().mean(0).tolist()
+
+
+def test_evaluate_encodes_once_for_all_metrics_and_takes_arrays() -> None:
+    options: dict[str, Any] = {"d_in": D, "d_sae": S, "k": 3}
+    sae = get_architecture("topk")(**options)
+    sae.initialise_(0)
+    x_ND = triple(4, mean=2.0)[0].float()
+    calls = count_encodes(sae)
+    found = evaluate(sae, (part.numpy() for part in x_ND.split(16)), list(METRICS))
+    assert len(calls) == 4
+    latents_NS = sae.encode(x_ND).detach()
+    expected = definitions(
+        *(part.double() for part in (x_ND, latents_NS, sae.decode(latents_NS).detach()))
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def count_encodes(sae: Sae) -> list[int]:
+    calls: list[int] = []
+    encode = sae.encode
+
+    def counted(x_BD: Tensor) -> Tensor:
+        calls.append(len(x_BD))
+        return encode(x_BD)
+
+    sae.encode = counted  # type: ignore[method-assign]
+    return calls
