@@ -12,7 +12,6 @@ sample of the text.
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from ..storage.counter import permutation, stream_key
 from ..storage.errors import InputError, SaePipeError
 from ..storage.files import canonical_json, disk_error, fsync_folder
 from ..storage.lock import sole_writer
-from .corpus_progress import Progress
 from .dedup import get_dedup
 from .packing import ContextRules, FlatFiles, Packer, Split
+from .progress import progress
 from .sources import TextSource
 from .token_cache import TokenCache, has_documents
 from .tokens import TextTokenizer
@@ -83,8 +82,8 @@ def build_corpus(
         try:
             with TokenCache(work, source, tokenizer, config.dedup) as cache:
                 builder = _Builder(config, rules, source, cache)
-                with closing(Progress(_rows_wanted(config), enabled=show_progress)) as progress:
-                    split = builder.tokenise(progress)
+                with progress(_rows_wanted(config), "tokenise", "rows", show=show_progress) as bar:
+                    split = builder.tokenise(bar)
                 new = builder.assemble(work, split.heldout_probability, recipe)
         except SaePipeError:
             if not has_documents(work):
@@ -178,17 +177,16 @@ class _Builder:
     ) -> None:
         self._config, self._rules, self._source, self._cache = config, rules, source, cache
 
-    def tokenise(self, progress: Progress) -> Split:
+    def tokenise(self, bar: Any) -> Split:
         """Fill the cache until both sides have their rows; InputError when the text is too short."""
         config = self._config
         split = self._split(config, heldout_probability(config.train_rows, config.heldout_rows))
         for batch in self._cache.batches():
             split.add(batch)
-            progress.update(
-                rows=split.train.rows + split.heldout.rows,
-                documents=split.train.documents + split.heldout.documents,
-                tokens=split.train.tokens + split.heldout.tokens,
-            )
+            rows = split.train.rows + split.heldout.rows
+            documents = split.train.documents + split.heldout.documents
+            bar.set_postfix_str(f"{documents:,} documents", refresh=False)
+            bar.update(rows - bar.n)
             if split.is_full:
                 return split
         # The text has ended.

@@ -1,7 +1,7 @@
 """What a fit is told (FitConfig) and what follows from it for one run (Schedule).
 
 Imports no torch, so that the command line can show the defaults. The defaults are the reference
-trainers' recipe for the TopK family (docs/recipes.md).
+trainers' recipe for the TopK family.
 """
 
 import math

@@ -310,8 +310,10 @@ def test_progress_tells_loss_and_speed_where_there_is_no_terminal(
     [
         (
             {"k": 64},
-            "--l0 64 must be smaller than --d-sae 64: an SAE that keeps every latent is not "
-            "sparse. Pass a smaller --l0.",
+            (
+                "--l0 64 must be smaller than --d-sae 64: an SAE that keeps every latent is not "
+                "sparse. Pass a smaller --l0."
+            ),
         ),
         ({"k": 0}, "--l0 must be at least 1, not 0."),
         ({"d_sae": 0}, "--d-sae must be at least 1, not 0."),
@@ -336,19 +338,25 @@ def test_a_config_that_can_never_work_is_refused(changes: dict[str, Any], messag
     [
         (
             {"epochs": None, "tokens": 100},
-            "A run of 100 tokens is less than one batch of 128. "
-            "Pass more --tokens or a smaller --batch-size.",
+            (
+                "A run of 100 tokens is less than one batch of 128. "
+                "Pass more --tokens or a smaller --batch-size."
+            ),
         ),
         (
             {"threshold_start": 127},
-            "--threshold-start 127 leaves no step of 128 to estimate the inference threshold in, "
-            "and the SAE would fire on everything. "
-            "Pass a smaller --threshold-start or more --tokens.",
+            (
+                "--threshold-start 127 leaves no step of 128 to estimate the inference threshold in, "
+                "and the SAE would fire on everything. "
+                "Pass a smaller --threshold-start or more --tokens."
+            ),
         ),
         (
             {"warmup_steps": 120},
-            "--warmup-steps 120 ends after the learning rate begins to fall, at step 102 of 128. "
-            "Pass fewer --warmup-steps or more --tokens.",
+            (
+                "--warmup-steps 120 ends after the learning rate begins to fall, at step 102 of 128. "
+                "Pass fewer --warmup-steps or more --tokens."
+            ),
         ),
         (
             {"device": "cuda:77"},
@@ -357,8 +365,10 @@ def test_a_config_that_can_never_work_is_refused(changes: dict[str, Any], messag
         ({"device": "abacus"}, "'abacus' is not a device; "),
         (
             {"k": 20, "k_anneal_steps": 10},
-            "k is annealed from d_in down to --l0, but d_in is 16 and --l0 20. "
-            "Pass a smaller --l0, or leave out --k-anneal-steps.",
+            (
+                "k is annealed from d_in down to --l0, but d_in is 16 and --l0 20. "
+                "Pass a smaller --l0, or leave out --k-anneal-steps."
+            ),
         ),
     ],
 )

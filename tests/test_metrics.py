@@ -57,7 +57,7 @@ def measured(parts: tuple[Tensor, ...], batch_rows: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in METRICS:
         metric = get_metric(name)
-        for batch in zip(*(part.split(batch_rows) for part in parts), strict=True):
+        for batch in zip(*(torch.split(part, batch_rows) for part in parts), strict=True):
             metric.update(*batch)
         found |= metric.result()
     return found
@@ -128,7 +128,7 @@ def test_evaluate_encodes_once_for_all_metrics_and_takes_arrays() -> None:
     sae.initialise_(0)
     x_ND = triple(4, mean=2.0)[0].float()
     calls = count_encodes(sae)
-    found = evaluate(sae, (part.numpy() for part in x_ND.split(16)), list(METRICS))
+    found = evaluate(sae, (part.numpy() for part in torch.split(x_ND, 16)), list(METRICS))
     assert len(calls) == 4
     latents_NS = sae.encode(x_ND).detach()
     expected = definitions(

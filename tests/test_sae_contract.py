@@ -18,7 +18,7 @@ from torch import Tensor
 from sae_pipe.stages.fit import build_trainer
 from sae_pipe.stages.fitconfig import FitConfig
 from sae_pipe.stages.sae import ARCHITECTURES, get_architecture, load_sae
-from sae_pipe.stages.sae.auxk import auxk_loss
+from sae_pipe.stages.sae.auxk import auxk_loss, masked_auxk_loss
 from sae_pipe.stages.sae.base import Sae
 from sae_pipe.stages.sae.groups import group_sizes
 from sae_pipe.stages.sae.initialise import geometric_median
@@ -258,6 +258,25 @@ def test_k_is_annealed_from_d_in_after_the_first_update(arch: str) -> None:
     assert annealed_k(3, k=4, k_start=12, anneal_steps=8) == 9
 
 
+@pytest.mark.parametrize("n_dead", [0, 1, 5, 6, 7, 40, D_SAE])
+def test_auxk_on_the_dead_only_is_auxk_behind_a_mask(n_dead: int) -> None:
+    """A CPU takes the first way, a GPU the second; k_aux is 6 here."""
+    random = torch.Generator().manual_seed(n_dead)
+    candidates = torch.rand(9, D_SAE, generator=random, dtype=torch.float64)
+    residual = torch.randn(9, D_IN, generator=random, dtype=torch.float64)
+    rows = torch.randn(D_SAE, D_IN, generator=random, dtype=torch.float64).requires_grad_()
+    dead = torch.randperm(D_SAE, generator=random) < n_dead
+    candidates.requires_grad_()
+    results = []
+    for loss_of in (auxk_loss, masked_auxk_loss):
+        loss = loss_of(residual, candidates, dead, rows)
+        assert bool(loss > 0) == bool(n_dead)
+        gradients = torch.autograd.grad(loss, (candidates, rows)) if loss.requires_grad else ()
+        results.append((loss, *(gradients or (candidates * 0, rows * 0))))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
 def test_auxk_is_zero_without_dead_latents_or_without_variance() -> None:
     candidates, rows = torch.rand(6, D_SAE), torch.rand(D_SAE, D_IN)
     residual, dead = torch.randn(6, D_IN), torch.ones(D_SAE, dtype=torch.bool)
@@ -265,7 +284,7 @@ def test_auxk_is_zero_without_dead_latents_or_without_variance() -> None:
     rows.requires_grad_()
     loss = auxk_loss(residual[:1].expand(6, D_IN), candidates, dead, rows)
     assert loss == 0
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert rows.grad is not None
     assert rows.grad.isfinite().all()
 
@@ -288,13 +307,17 @@ def test_group_sizes_are_the_reference_ones() -> None:
     [
         (
             (0.5, 0.4),
-            "The group fractions (0.5, 0.4) must be positive and add up to 1, not 0.9. "
-            "Pass one share of the latents for each group.",
+            (
+                "The group fractions (0.5, 0.4) must be positive and add up to 1, not 0.9. "
+                "Pass one share of the latents for each group."
+            ),
         ),
         (
             (0.01, 0.99),
-            "The group fractions (0.01, 0.99) leave group 1 without a latent at --d-sae 64. "
-            "Pass a larger --d-sae or fewer groups.",
+            (
+                "The group fractions (0.01, 0.99) leave group 1 without a latent at --d-sae 64. "
+                "Pass a larger --d-sae or fewer groups."
+            ),
         ),
     ],
 )
@@ -358,7 +381,7 @@ def test_damaged_runs_are_refused_in_one_sentence(tmp_path: Path) -> None:
 def test_a_step_on_a_gpu_never_waits_and_agrees_with_the_cpu(arch: str) -> None:
     changes: dict[str, Any] = {"dead_after_tokens": 256, "threshold_start": 20, "dtype": "float64"}
     on_cpu = build_trainer(config_of(arch, **changes), D_IN)
-    on_gpu = build_trainer(config_of(arch, **changes, **{"device": "cuda"}), D_IN)
+    on_gpu = build_trainer(config_of(arch, **changes, device="cuda"), D_IN)
     for step in range(60):
         batch = some_rows(128, step)
         on_cpu.step(batch)

@@ -248,8 +248,8 @@ def test_a_hundred_updates_agree_with_a_plain_dense_implementation(arch: str) ->
             assert disagreement(float(ours[name]), float(value)) < tolerance, (step, name)
         for name, value in expected.items():
             assert disagreement(gradients[name], value) < 1e-9, (step, name)
-        for name in seen:
-            seen[name].append(float(ours[name]))
+        for name, values in seen.items():
+            values.append(float(ours[name]))
     for name, parameter in trainer.sae.named_parameters():
         assert disagreement(parameter.detach(), textbook.parameters[name]) < 1e-9, name
     # The comparison means something only if all of the recipe was exercised.
@@ -267,7 +267,7 @@ def capture_gradients(trainer: Trainer) -> dict[str, Tensor]:
             assert leaf.grad is not None
             caught[name] = leaf.grad.clone()
 
-        parameter.register_post_accumulate_grad_hook(keep)
+        parameter.register_post_accumulate_grad_hook(keep)  # type: ignore[no-untyped-call]
     return caught
 
 

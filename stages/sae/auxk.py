@@ -15,13 +15,19 @@ def auxk_loss(
 ) -> Tensor:
     """The normalised auxiliary loss; 0 when nothing is dead or the residual has no variance."""
     residual_BD = residual_BD.detach()
-    if residual_BD.device.type == "cpu":
-        # Asking how many are dead costs nothing here, and the dead are few: work on them only.
-        dead_N = dead_S.nonzero().squeeze(1)
-        if len(dead_N) == 0:
-            return residual_BD.new_zeros(())
-        candidates_BS, w_dec_SD = candidates_BS[:, dead_N], w_dec_SD[dead_N]
-        dead_S = torch.ones_like(dead_N, dtype=torch.bool)
+    if residual_BD.device.type != "cpu":
+        return masked_auxk_loss(residual_BD, candidates_BS, dead_S, w_dec_SD)
+    # Asking a CPU how many are dead costs nothing, and they are few: work on them only.
+    dead_N = dead_S.nonzero().squeeze(1)
+    if len(dead_N) == 0:
+        return residual_BD.new_zeros(())
+    return masked_auxk_loss(residual_BD, candidates_BS[:, dead_N], dead_S[dead_N], w_dec_SD[dead_N])
+
+
+def masked_auxk_loss(
+    residual_BD: Tensor, candidates_BS: Tensor, dead_S: Tensor, w_dec_SD: Tensor
+) -> Tensor:
+    """The same without asking how many are dead, which would make a GPU wait in every step."""
     x_hat_BD = _largest_dead(candidates_BS, dead_S, residual_BD.shape[1] // 2) @ w_dec_SD
     error = (residual_BD - x_hat_BD).square().sum(dim=-1).mean()
     variance = (residual_BD - residual_BD.mean(dim=0)).square().sum(dim=-1).mean()
@@ -36,8 +42,7 @@ def auxk_loss(
 def _largest_dead(candidates_BS: Tensor, dead_S: Tensor, k_aux: int) -> Tensor:
     """Per row the k_aux largest candidates of dead latents, all of them if there are fewer.
 
-    k_aux = D // 2 is the heuristic of the paper's appendix. The number of dead latents is never
-    asked for: on a GPU that would wait for the device in every step.
+    k_aux = D // 2 is the heuristic of the paper's appendix.
     """
     if k_aux >= candidates_BS.shape[1]:
         return torch.where(dead_S, candidates_BS, 0)

@@ -41,28 +41,27 @@ class JsonlReader:
 class _Lines(RowStream):
     def __init__(self, path: Path, offset: int) -> None:
         self._path, self._offset = path, offset
-        self._file = _open(path)
-        with _clear_errors(path, self):
-            # Compressed files are read up to the offset, which is some 10 times faster than
-            # tokenising them.
-            self._file.seek(offset)
+        self._lines = self._read()
 
     def position(self) -> int:
         return self._offset
 
     def __next__(self) -> Row:
-        with _clear_errors(self._path, self):
-            line = self._file.readline(_MAX_LINE_BYTES)
-            if not line:
-                self._file.close()
-                raise StopIteration
-            self._offset += len(line)
-            if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
+        return next(self._lines)
+
+    def _read(self) -> Iterator[Row]:
+        # A generator, so that the file is closed when the stream is dropped half-way.
+        with _clear_errors(self._path, self), _open(self._path) as file:
+            # Compressed files are read up to the offset, which is far faster than tokenising them.
+            file.seek(self._offset)
+            while line := file.readline(_MAX_LINE_BYTES):
+                is_whole = line.endswith(b"\n") or len(line) < _MAX_LINE_BYTES
+                row = _parse(line) if is_whole else Row(None, "line too long")
+                self._offset += len(line)
                 while line and not line.endswith(b"\n"):
-                    line = self._file.readline(_READ_BYTES)
+                    line = file.readline(_READ_BYTES)
                     self._offset += len(line)
-                return Row(None, "line too long")
-        return _parse(line)
+                yield row
 
 
 def _parse(line: bytes) -> Row:

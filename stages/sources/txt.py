@@ -4,6 +4,7 @@ Such marks are how the files of TinyStories part their stories. What lies betwee
 at line ends into documents of about a mebibyte, so that no file is too large for memory.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,47 +35,57 @@ class TxtReader:
 
 class _Documents(RowStream):
     def __init__(self, path: Path, offset: int) -> None:
-        self._offset = offset
-        self._file = path.open("rb")
-        self._file.seek(offset)
-        self._buffer = b""
+        self._path, self._offset = path, offset
+        self._rows = self._read()
 
     def position(self) -> int:
         return self._offset
 
     def __next__(self) -> Row:
-        # Enough to see a whole mark that begins at the very end of a piece.
-        while len(self._buffer) < _PIECE_BYTES + len(_MARK):
-            more = self._file.read(_PIECE_BYTES)
-            if not more:
-                break
-            self._buffer += more
-        if not self._buffer:
-            self._file.close()
-            raise StopIteration
-        text, taken = self._cut()
-        is_first = self._offset == 0
-        self._buffer = self._buffer[taken:]
-        self._offset += taken
-        try:
-            return Row(text.decode("utf-8-sig" if is_first else "utf-8"))
-        except UnicodeDecodeError:
-            return Row(None, "not UTF-8")
+        return next(self._rows)
 
-    def _cut(self) -> tuple[bytes, int]:
-        """The next document, and how many bytes it and the mark behind it take."""
-        end = self._buffer.find(_MARK, 0, _PIECE_BYTES + len(_MARK))
+    def _read(self) -> Iterator[Row]:
+        # A generator, so that the file is closed when the stream is dropped half-way.
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            buffer = b""
+            while True:
+                # Enough to see a whole mark that begins at the very end of a piece.
+                while len(buffer) < _PIECE_BYTES + len(_MARK):
+                    more = file.read(_PIECE_BYTES)
+                    if not more:
+                        break
+                    buffer += more
+                if not buffer:
+                    return
+                piece, taken = _cut(buffer)
+                encoding = "utf-8-sig" if self._offset == 0 else "utf-8"
+                buffer = buffer[taken:]
+                self._offset += taken
+                yield _decode(piece, encoding)
+
+
+def _decode(piece: bytes, encoding: str) -> Row:
+    try:
+        return Row(piece.decode(encoding))
+    except UnicodeDecodeError:
+        return Row(None, "not UTF-8")
+
+
+def _cut(buffer: bytes) -> tuple[bytes, int]:
+    """The next document, and how many bytes it and the mark behind it take."""
+    end = buffer.find(_MARK, 0, _PIECE_BYTES + len(_MARK))
+    if end >= 0:
+        return buffer[:end], end + len(_MARK)
+    if len(buffer) <= _PIECE_BYTES:
+        return buffer, len(buffer)
+    # At an empty line, else at a line's end, else where UTF-8 allows it.
+    for separator in (b"\n\n", b"\n"):
+        end = buffer.rfind(separator, _PIECE_BYTES // 2, _PIECE_BYTES)
         if end >= 0:
-            return self._buffer[:end], end + len(_MARK)
-        if len(self._buffer) <= _PIECE_BYTES:
-            return self._buffer, len(self._buffer)
-        # At an empty line, else at a line's end, else where UTF-8 allows it.
-        for separator in (b"\n\n", b"\n"):
-            end = self._buffer.rfind(separator, _PIECE_BYTES // 2, _PIECE_BYTES)
-            if end >= 0:
-                taken = end + len(separator)
-                return self._buffer[:taken], taken
-        end = _PIECE_BYTES
-        while end > _PIECE_BYTES - 3 and self._buffer[end] & 0xC0 == 0x80:
-            end -= 1
-        return self._buffer[:end], end
+            taken = end + len(separator)
+            return buffer[:taken], taken
+    end = _PIECE_BYTES
+    while end > _PIECE_BYTES - 3 and buffer[end] & 0xC0 == 0x80:
+        end -= 1
+    return buffer[:end], end
