@@ -4,16 +4,23 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+# heading, label of the axis, and what is drawn: key of a line, style, legend
 PANELS = (
-    ("loss", "Loss", "loss", None),
+    ("Loss", "loss", (("loss", "-", "whole"), ("l2", "-", "reconstruction term"))),
     (
-        "explained_variance",
         "Explained variance",
         "explained variance",
-        "heldout_explained_variance",
+        (
+            ("explained_variance", "-", "training batch"),
+            ("heldout_explained_variance", "o-", "held-out rows"),
+        ),
     ),
-    ("l0", "Active latents per row (L0)", "latents", "heldout_l0"),
-    ("dead", "Dead latents", "latents", None),
+    (
+        "Active latents per row (L0)",
+        "latents",
+        (("l0", "-", "training batch"), ("heldout_l0", "o-", "held-out rows")),
+    ),
+    ("Dead latents", "latents", (("dead", "-", "by tokens since they fired"),)),
 )
 
 
@@ -26,11 +33,9 @@ def draw_curve(lines: Sequence[dict[str, Any]], title: str) -> bytes:
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    for axes, (name, heading, label, heldout) in zip(
-        figure.subplots(2, 2).flat, PANELS, strict=True
-    ):
-        for key, style, legend in ((name, "-", "training batch"), (heldout, "o-", "held-out rows")):
-            points = [(n["step"], n[key]) for n in lines if key and n.get(key) is not None]
+    for axes, (heading, label, series) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        for key, style, legend in series:
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
                 axes.plot(
                     *zip(*points, strict=True), style, label=legend, linewidth=1, markersize=3
@@ -38,7 +43,7 @@ def draw_curve(lines: Sequence[dict[str, Any]], title: str) -> bytes:
         axes.set(title=heading, xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
         axes.margins(x=0.01)
-        if heldout:
+        if axes.lines:
             axes.legend(loc="best")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)

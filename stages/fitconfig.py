@@ -47,11 +47,13 @@ class FitConfig:
             rows each of them uses (the summary uses all).
         checkpoint_minutes, checkpoint_steps: how often to checkpoint; steps, if given, in addition.
 
-    None for warmup_steps, threshold_start and dead_after_tokens is the reference value (1000 steps,
-    1000 steps, 10,000,000 tokens), made smaller for runs too short for it: at most 5 % of the
-    steps, half of the steps, and a fifth of the tokens. A run that stopped before its threshold was
-    estimated would fire on everything, and one shorter than dead_after_tokens would never revive a
-    latent. What was resolved is in the run's config.json under `resolved`.
+    None for warmup_steps, threshold_start, threshold_beta and dead_after_tokens is the reference
+    value (1000 steps, 1000 steps, 0.999, 10,000,000 tokens), made smaller for runs too short for
+    it: at most 5 % of the steps, half of the steps, an average over a tenth of the steps, and a
+    fifth of the tokens. A run that stopped before its threshold was estimated would fire on
+    everything, one whose threshold still remembers the beginning would miss the L0, and one shorter
+    than dead_after_tokens would never revive a latent. What was resolved is in the run's
+    config.json under `resolved`.
     """
 
     arch: str
@@ -75,7 +77,7 @@ class FitConfig:
     auxk_coefficient: float = 1 / 32
     dead_after_tokens: int | None = None
     threshold_start: int | None = None
-    threshold_beta: float = 0.999
+    threshold_beta: float | None = None
 
     normalise: bool = True
     seed: int = 0
@@ -84,7 +86,7 @@ class FitConfig:
 
     log_every: int | None = None
     heldout_every: int | None = None
-    heldout_rows: int = 16_384
+    heldout_rows: int = 4096
     checkpoint_minutes: float = 5.0
     checkpoint_steps: int | None = None
 
@@ -171,6 +173,9 @@ class FitConfig:
             dead_after_tokens=_given_or(
                 self.dead_after_tokens, max(1, min(10_000_000, tokens // 5))
             ),
+            threshold_beta=min(0.999, max(0.0, 1 - 10 / steps))
+            if self.threshold_beta is None
+            else self.threshold_beta,
             log_every=_given_or(self.log_every, max(1, steps // 1000)),
             heldout_every=_given_or(self.heldout_every, max(1, steps // 10)),
         )
@@ -192,6 +197,7 @@ class Schedule:
     warmup_steps: int
     decay_start_step: int
     threshold_start: int
+    threshold_beta: float
     dead_after_tokens: int
     log_every: int
     heldout_every: int

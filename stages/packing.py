@@ -6,6 +6,7 @@ that a text holds are known before anything is written, by the same code that wr
 
 # N tokens of one document with its EOS, C contexts, W width of a context without a prepended BOS.
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -174,15 +175,15 @@ class FlatFiles:
     def gather(self, origins_C: NDArray[np.int64]) -> dict[str, Tokens]:
         """Contexts by their index in the order of the text, as they are stored."""
         rules, n = self._rules, len(origins_C)
-        tokens_CW = self._table("tokens")[origins_C]
-        document_CW = self._table("document")[origins_C]
+        tokens_CW = self._read("tokens", origins_C, rules.width)
+        document_CW = self._read("document", origins_C, rules.width)
         if rules.prepends_bos:
             bos_C1 = np.full((n, 1), rules.bos_id, dtype=np.uint32)
             tokens_CW = np.concatenate([bos_C1, tokens_CW], axis=1)
             document_CW = np.concatenate([document_CW[:, :1], document_CW], axis=1)
         length_C = np.full(n, rules.context_size, dtype=np.uint32)
         if not rules.pack:
-            length_C = np.array(np.memmap(self._paths["length"], np.uint32, "r")[origins_C])
+            length_C = self._read("length", origins_C, 1)[:, 0]
         return {
             "tokens": tokens_CW,
             "document": document_CW,
@@ -190,10 +191,14 @@ class FlatFiles:
             "origin": origins_C.astype(np.uint32),
         }
 
-    def _table(self, name: str) -> Tokens:
-        flat = np.memmap(self._paths[name], np.uint32, "r")
-        width = self._rules.width
-        return flat[: len(flat) // width * width].reshape(-1, width)
+    def _read(self, name: str, origins_C: NDArray[np.int64], width: int) -> Tokens:
+        """Rows of a file. Read and not mapped: mapped pages would count as this process's memory."""
+        rows_CW = np.empty((len(origins_C), width), dtype=np.uint32)
+        with self._paths[name].open("rb", buffering=0) as file:
+            for row_W, origin in zip(rows_CW, origins_C.tolist(), strict=True):
+                n_bytes = os.preadv(file.fileno(), [row_W], origin * row_W.nbytes)
+                assert n_bytes == row_W.nbytes
+        return rows_CW
 
 
 class Split:

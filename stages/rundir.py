@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..storage import provenance
 from ..storage.errors import InputError, StoreError
-from ..storage.files import write_json, write_whole
+from ..storage.files import disk_error, write_json, write_whole
 from .sae.weights import FORMAT, FORMAT_VERSION, read_config, read_safetensors
 
 Line = dict[str, Any]
@@ -110,11 +110,15 @@ class RunFolder:
 
     def append_metrics(self, lines: list[Line]) -> None:
         """Add lines; on disk when this returns, so that no checkpoint is ahead of its metrics."""
-        if lines:
+        if not lines:
+            return
+        try:
             with self.metrics_file.open("ab") as file:
                 file.write(b"".join(_as_line(line) for line in lines))
                 file.flush()
                 os.fsync(file.fileno())
+        except OSError as error:
+            raise disk_error(error, self.metrics_file) from error
 
     def read_metrics(self) -> list[Line]:
         """All whole lines."""

@@ -71,6 +71,8 @@ class RunLog:
         self._lines, self._written = [], time.monotonic()
 
     def close(self) -> None:
+        """Write what is left and end the bar."""
+        self.flush()
         self._bar.close()
 
 

@@ -104,7 +104,9 @@ class Trainer:
     def _observe(self, forward: TrainingPass, *, n_tokens: int) -> None:
         """What a batch teaches beside gradients: exactly once a step, before the auxiliary loss."""
         if self.updates > self.schedule.threshold_start:
-            update_threshold_(self.sae.threshold, forward.smallest_kept, self.config.threshold_beta)
+            update_threshold_(
+                self.sae.threshold, forward.smallest_kept, self.schedule.threshold_beta
+            )
         self.dead.update_(forward.fired_S, n_tokens)
 
     def _auxiliary_loss(self, residual_BD: Tensor, forward: TrainingPass) -> Tensor:

@@ -89,8 +89,10 @@ def _sizes(path: Path, manifest: Manifest) -> list[tuple[str, str]]:
         pairs.append(
             (
                 "size",
-                (f"{stored / 1e9:.3f} GB of activations ({manifest['codec']}), {ratio:.2f} times "
-                "smaller than raw bfloat16"),
+                (
+                    f"{stored / 1e9:.3f} GB of activations ({manifest['codec']}), {ratio:.2f} times "
+                    "smaller than raw bfloat16"
+                ),
             )
         )
     return pairs
@@ -103,8 +105,10 @@ def _statistics(manifest: Manifest) -> list[tuple[str, str]]:
     return [
         (
             "norms",
-            (f"root mean square {found['mean_squared_norm'] ** 0.5:.4g}, of the mean "
-            f"{found['norm_of_mean']:.4g}"),
+            (
+                f"root mean square {found['mean_squared_norm'] ** 0.5:.4g}, of the mean "
+                f"{found['norm_of_mean']:.4g}"
+            ),
         )
     ]
 

@@ -385,7 +385,7 @@ def test_open_schedule_values_are_the_reference_ones_on_long_runs() -> None:
     plan = FitConfig(arch="topk", k=20, tokens=500_000_000).schedule()
     assert (plan.steps, plan.warmup_steps, plan.threshold_start) == (244_140, 1000, 1000)
     assert (plan.decay_start_step, plan.dead_after_tokens) == (195_312, 10_000_000)
-    assert plan.lr == 4e-4
+    assert (plan.lr, plan.threshold_beta) == (4e-4, 0.999)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 128, 2000])
@@ -393,6 +393,7 @@ def test_open_schedule_values_shrink_with_short_runs(steps: int) -> None:
     plan = FitConfig(arch="topk", k=20, tokens=2048 * steps).schedule()
     assert plan.warmup_steps <= steps / 20
     assert plan.threshold_start < steps / 2
+    assert plan.threshold_beta == pytest.approx(max(0, 1 - 10 / steps))
     assert plan.dead_after_tokens <= max(1, plan.tokens / 5)
 
 
