@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
-from . import cli_demo, cli_fit, cli_harvest, cli_inspect, cli_store
+from .cli_demo import demo
+from .cli_fit import fit
+from .cli_harvest import harvest
+from .cli_inspect import inspect
+from .cli_store import app as store
 
 app = typer.Typer(
     name="sae-pipe",
@@ -17,11 +21,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("harvest")(cli_harvest.harvest)
-app.command("fit")(cli_fit.fit)
-app.command("inspect")(cli_inspect.inspect)
-app.command("demo")(cli_demo.demo)
-app.add_typer(cli_store.app, name="store")
+app.command("harvest")(harvest)
+app.command("fit")(fit)
+app.command("inspect")(inspect)
+app.command("demo")(demo)
+app.add_typer(store, name="store")
 
 
 def _print_version(wanted: bool) -> None:

@@ -64,7 +64,7 @@ class TorchBatches:
         return rows_BD.to(self.dtype, copy=True).mul_(self.scale)
 
     def _on_cuda(self, batch_size: int, d_in: int) -> Iterator[torch.Tensor]:
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         shape = (batch_size, d_in)
         pinned = [torch.empty(shape, dtype=torch.bfloat16, pin_memory=True) for _ in range(_AHEAD)]
         copied: list[torch.cuda.Event | None] = [None] * _AHEAD
@@ -76,7 +76,7 @@ class TorchBatches:
             pinned[slot].copy_(torch.from_numpy(bits_BD).view(torch.bfloat16))
             with torch.cuda.stream(stream):
                 rows_BD = pinned[slot].to(self.device, non_blocking=True)
-                event = torch.cuda.Event()
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(stream)
             copied[slot] = event
             waiting.append((rows_BD, event))

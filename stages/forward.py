@@ -39,7 +39,9 @@ class HostCopier:
     """Takes rows off the device in the order given, a few batches behind it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._device = device
         self._parcels: queue.Queue[_Parcel | None] = queue.Queue(_IN_FLIGHT)
         self._error: BaseException | None = None
@@ -62,7 +64,7 @@ class HostCopier:
         with torch.cuda.stream(self._stream):
             on_host = {layer: self._to_host(part) for layer, part in rows.items()}
             finite_on_host = {layer: self._to_host(flag) for layer, flag in is_finite.items()}
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
         self._parcels.put(_Parcel(on_host, finite_on_host, event, deliver))
 

@@ -41,9 +41,10 @@ class Pass:
 
     def missing(self, block: int) -> set[int]:
         """Shards of a block that some store has not committed."""
-        shards = set(self.layout.shards_of_block(block))
-        everywhere = [w.committed for writers in self.writers.values() for w in writers]
-        return shards - set.intersection(*everywhere)
+        return {s for s in self.layout.shards_of_block(block) if not self._is_everywhere(s)}
+
+    def _is_everywhere(self, shard: int) -> bool:
+        return all(shard in w.committed for writers in self.writers.values() for w in writers)
 
     def rows_done(self) -> int:
         """Rows of the blocks that need no more work."""

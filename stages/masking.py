@@ -9,6 +9,7 @@ but the seed and p.
 # n contexts of a batch, T positions
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from ..storage.counter import is_drawn, stream_key
 from ..storage.errors import InputError
 
 DEFAULT_MASK_STRING = "..."
+
+Ids = TypeVar("Ids", bound=np.integer[Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +40,12 @@ class MaskConfig:
 
 
 def mask_tokens(
-    tokens_nT: NDArray[np.integer],
+    tokens_nT: NDArray[Ids],
     *,
     first_context: int,
     context_size: int,
     config: MaskConfig,
-) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
+) -> tuple[NDArray[Ids], NDArray[np.bool_]]:
     """The tokens with the mask token in place of those drawn, and where that was.
 
     Row i is context first_context + i of the corpus, from its position 0 on. A mask token that the

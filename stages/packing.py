@@ -196,7 +196,7 @@ class FlatFiles:
         rows_CW = np.empty((len(origins_C), width), dtype=np.uint32)
         with self._paths[name].open("rb", buffering=0) as file:
             for row_W, origin in zip(rows_CW, origins_C.tolist(), strict=True):
-                n_bytes = os.preadv(file.fileno(), [row_W], origin * row_W.nbytes)
+                n_bytes = os.preadv(file.fileno(), [row_W.data], origin * row_W.nbytes)
                 assert n_bytes == row_W.nbytes
         return rows_CW
 

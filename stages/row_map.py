@@ -8,7 +8,7 @@ block the rows are permuted, so that every block, shard and chunk is a fair samp
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from ..storage.layout import Layout
 from .masking import MaskConfig, mask_tokens
 
 _SLICE_CONTEXTS = 2048
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,8 @@ class KeepRule:
 
     def keeps(
         self,
-        tokens_CT: NDArray[np.integer[Any]],
-        lengths_C: NDArray[np.integer[Any]],
+        tokens_CT: NDArray[np.uint32],
+        lengths_C: NDArray[np.uint32],
         is_masked_CT: NDArray[np.bool_],
     ) -> NDArray[np.bool_]:
         """Whether each position becomes a row, (C, T). Padding never does."""
@@ -59,8 +60,8 @@ class BlockRows:
 
     first_row: int
     first_context: int
-    tokens_CT: NDArray[np.integer[Any]]
-    lengths_C: NDArray[np.integer[Any]]
+    tokens_CT: NDArray[np.uint32]
+    lengths_C: NDArray[np.uint32]
     kept_CT: NDArray[np.bool_]
     places_R: NDArray[np.int64]
     source_R: NDArray[np.int64]
@@ -74,7 +75,7 @@ class BlockRows:
     def n_contexts(self) -> int:
         return len(self.lengths_C)
 
-    def stored(self, values_R: NDArray[np.generic]) -> NDArray[np.generic]:
+    def stored(self, values_R: NDArray[Scalar]) -> NDArray[Scalar]:
         """Values of rows in text order, put into stored order."""
         out = np.empty_like(values_R)
         out[self.places_R] = values_R
@@ -117,8 +118,8 @@ class RowMap:
         return np.cumsum(counts)
 
     def _masked(
-        self, tokens_CT: NDArray[np.integer[Any]], first_context: int
-    ) -> tuple[NDArray[np.integer[Any]], NDArray[np.bool_]]:
+        self, tokens_CT: NDArray[np.uint32], first_context: int
+    ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         return mask_tokens(
             tokens_CT,
             first_context=first_context,

@@ -145,7 +145,7 @@ class TokenCache:
     def _batch_limit(self) -> int:
         """Characters of the next batch: of its number alone, so that resuming changes no bounds."""
         (n_batches,) = self._database.execute("SELECT count(*) FROM batch").fetchone()
-        return min(_FIRST_BATCH_CHARACTERS << min(n_batches, 32), _BATCH_CHARACTERS)
+        return int(min(_FIRST_BATCH_CHARACTERS << min(n_batches, 32), _BATCH_CHARACTERS))
 
     def _extend(self) -> Batch:
         """Read, tokenise and commit one batch: all of it or nothing."""

@@ -2,10 +2,12 @@
 
 # tiny models: 4 layers, d_model 32, 64 tokens, contexts of 64
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -175,5 +177,38 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Hub that nothing listens for, as on a machine without network."""
     address = "http://127.0.0.1:9"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", address)
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
+
+
+class _Refusals(BaseHTTPRequestHandler):
+    """/api/KIND/someone/WHY answers with the Hub's code for why something cannot be had."""
+
+    codes: ClassVar[dict[str, tuple[int, str]]] = {
+        "gone": (404, "RepoNotFound"),
+        "gated": (403, "GatedRepo"),
+        "no-revision": (404, "RevisionNotFound"),
+    }
+
+    def do_GET(self) -> None:
+        status, code = self.codes[self.path.split("/")[4]]
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def refusing_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hub that has nothing: someone/gone, someone/gated and someone/no-revision."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Refusals)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
+    yield
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -16,7 +16,8 @@ import transformers
 import zarr
 from numpy.typing import NDArray
 
-from sae_pipe.stages import harvest_plan, harvest_run
+from sae_pipe.stages import harvest_plan
+from sae_pipe.stages.backoff import BatchRunner
 from sae_pipe.stages.batches import TorchBatches
 from sae_pipe.stages.harvest import harvest
 from sae_pipe.stages.harvest_config import HarvestConfig
@@ -301,7 +302,7 @@ def test_a_block_kept_on_disk_goes_on_at_the_context_it_had_reached(
     )
     seen: list[int] = []
     interrupt_at = 12
-    run = harvest_run.BatchRunner.run
+    run = BatchRunner.run
 
     def counting(self: Any, token_ids: torch.Tensor) -> Any:
         seen.append(len(token_ids))
@@ -309,7 +310,7 @@ def test_a_block_kept_on_disk_goes_on_at_the_context_it_had_reached(
             raise KeyboardInterrupt
         return run(self, token_ids)
 
-    monkeypatch.setattr(harvest_run.BatchRunner, "run", counting)
+    monkeypatch.setattr(BatchRunner, "run", counting)
     with pytest.raises(KeyboardInterrupt):
         quiet(config)
     before = sum(seen[:-1])
@@ -382,11 +383,11 @@ def test_plain_zarr_and_dask_read_the_numbers_of_our_reader(store: Path) -> None
     import dask.array
 
     opened = open_store(store)
-    group = zarr.open_group(store, mode="r")
-    np.testing.assert_array_equal(group["activations"][:], opened.read(slice(None)))  # type: ignore[index]
+    group: Any = zarr.open_group(store, mode="r")
+    np.testing.assert_array_equal(group["activations"][:], opened.read(slice(None)))
     lazy = dask.array.from_zarr(str(store), component="activations")
     np.testing.assert_array_equal(lazy.compute(scheduler="synchronous"), opened.read(slice(None)))
-    np.testing.assert_allclose(group["statistics/mean"][:], opened.mean)  # type: ignore[index]
+    np.testing.assert_allclose(group["statistics/mean"][:], opened.mean)
     names = {name for name, _ in group.members(max_depth=None)}  # warns if anything is astray
     assert {
         "activations",

@@ -425,3 +425,41 @@ def test_every_field_of_a_recipe_can_be_overridden() -> None:
         "c",
     )
     assert apply_recipe(TextConfig(dataset="x/y")) == TextConfig(dataset="x/y")
+
+
+@pytest.mark.usefixtures("refusing_hub")
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        (
+            "someone/gone",
+            None,
+            (
+                "Dataset 'someone/gone' was not found: it is neither local text nor on the Hub (or it is private, "
+                "and `hf auth login` is needed). Check the spelling."
+            ),
+        ),
+        (
+            "someone/gated",
+            None,
+            (
+                "Dataset someone/gated is gated. Accept its terms at "
+                "https://huggingface.co/datasets/someone/gated, run `hf auth login`, and try again."
+            ),
+        ),
+        (
+            "someone/no-revision",
+            "v9",
+            (
+                "Dataset someone/no-revision has no revision 'v9' on the Hub. Pass a branch, a tag "
+                "or a commit listed at "
+                "https://huggingface.co/datasets/someone/no-revision/commits/main."
+            ),
+        ),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(
+    name: str, revision: str | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        open_text(TextConfig(dataset=name, revision=revision))

@@ -70,7 +70,9 @@ def test_fingerprint_is_of_the_tokenizer_and_not_of_its_folder(
 
 
 def _id_of(tokenizer: TextTokenizer, token: str) -> int:
-    return int(tokenizers.Tokenizer.from_str(tokenizer._json).token_to_id(token))
+    found = tokenizers.Tokenizer.from_str(tokenizer._json).token_to_id(token)
+    assert found is not None
+    return found
 
 
 def test_mask_string_of_one_token_is_its_id(text_tokenizers: dict[str, TextTokenizer]) -> None:
@@ -197,3 +199,41 @@ def test_no_network_for_a_hub_tokenizer_says_how_to_go_on() -> None:
     )
     with pytest.raises(NetworkError, match=f"^{re.escape(message)}$"):
         TextTokenizer.load("nobody/nothing")
+
+
+@pytest.mark.usefixtures("refusing_hub")
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        (
+            "someone/gone",
+            None,
+            (
+                "Model someone/gone was not found: it is neither a local folder nor on the Hub (or it is private, "
+                "and `hf auth login` is needed). Check the spelling."
+            ),
+        ),
+        (
+            "someone/gated",
+            None,
+            (
+                "Model someone/gated is gated. Accept its terms at "
+                "https://huggingface.co/someone/gated, run `hf auth login`, and try again."
+            ),
+        ),
+        (
+            "someone/no-revision",
+            "v9",
+            (
+                "Model someone/no-revision has no revision 'v9' on the Hub. Pass a branch, a tag "
+                "or a commit listed at "
+                "https://huggingface.co/someone/no-revision/commits/main."
+            ),
+        ),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(
+    name: str, revision: str | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        TextTokenizer.load(name, revision)
