@@ -8,6 +8,7 @@ import hashlib
 import sqlite3
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,8 +93,7 @@ class MinHashDedup(Dedup):
                 "--dedup minhash needs the datasketch library, which is not installed. Run "
                 "`pip install 'sae-pipe[minhash]'`, or pass --dedup exact."
             ) from error
-        index = datasketch.MinHashLSH(threshold=self._THRESHOLD, num_perm=self._PERMUTATIONS)
-        self._bands, self._band_rows = int(index.b), int(index.r)
+        self._bands, self._band_rows = _band_shape(self._THRESHOLD, self._PERMUTATIONS)
         self._empty: Any = datasketch.MinHash(num_perm=self._PERMUTATIONS, seed=self._SEED)
         self._database = database
         database.execute(
@@ -141,6 +141,15 @@ class MinHashDedup(Dedup):
             hashlib.sha256(bytes([number]) + band.tobytes()).digest()[:DIGEST_BYTES]
             for number, band in enumerate(bands)
         ]
+
+
+@cache
+def _band_shape(threshold: float, permutations: int) -> tuple[int, int]:
+    """Bands and rows a band, as datasketch weighs false positives against false negatives."""
+    import datasketch
+
+    index = datasketch.MinHashLSH(threshold=threshold, num_perm=permutations)
+    return int(index.b), int(index.r)
 
 
 DEDUPS: dict[str, type[Dedup]] = {

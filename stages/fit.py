@@ -270,7 +270,7 @@ class _Run:
     def checkpoint(self) -> None:
         """Make the present state the one to resume from; never a state with NaN in it."""
         self._check_finite(*self.trainer.sae.parameters())
-        self.log.flush()
+        self.log.flush(durably=True)
         step = self.trainer.updates
         progress = {"step": step, "seconds": self._seconds(), "waited_s": self._waited_s()}
         self.folder.write_checkpoint(self.trainer.state_dict(), progress)

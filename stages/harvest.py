@@ -13,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..storage import provenance
 from ..storage.builder import StoreBuilder, is_begun
@@ -36,6 +38,7 @@ from .row_map import KeepRule, RowMap
 
 Say = Callable[[str], None]
 Builders = dict[Target, StoreBuilder]
+Counted = dict[object, NDArray[np.int64]]
 
 
 def harvest(
@@ -91,8 +94,9 @@ def _harvest(
         return
     _begin(job, todo, builders, locks)
     _add_corpus(job, builders, new, show_progress=show_progress, say=say)
-    _lay_out(job, {target: builders[target] for target in new}, execution)
-    _run(job, model, builders, show_progress=show_progress)
+    counted: Counted = {}
+    _lay_out(job, {target: builders[target] for target in new}, execution, counted)
+    _run(job, model, builders, counted, show_progress=show_progress)
     for target, builder in builders.items():
         train, heldout = builder.layouts()
         say(
@@ -111,8 +115,10 @@ def _begun(config: HarvestConfig, wanted: list[Target], locks: ExitStack) -> Bui
         if not is_begun(target.path):
             _check_free_place(target.path)
             continue
-        locks.enter_context(sole_writer(target.path, "Store"))
         builder = StoreBuilder.resume(target.path)
+        if builder.state != COMPLETE:
+            locks.enter_context(sole_writer(target.path, "Store"))
+            builder = StoreBuilder.resume(target.path)  # as it is now that nobody else writes
         if "request" not in builder.manifest:
             raise InputError(
                 f"Store {target.path} was not made by a harvest, so it cannot be gone on with. "
@@ -213,11 +219,13 @@ def _corpus_beside(job: HarvestJob, builders: Builders) -> Path | None:
     return None
 
 
-def _lay_out(job: HarvestJob, builders: Builders, execution: dict[str, Any]) -> None:
+def _lay_out(
+    job: HarvestJob, builders: Builders, execution: dict[str, Any], counted: Counted
+) -> None:
     """Fix the sizes, now that it is known how many rows the text gives."""
     n_layers = len({target.layer for target in builders})
     for target, builder in builders.items():
-        train, heldout = _row_maps(job, target, builder)
+        train, heldout = _row_maps(job, target, builder, counted)
         n_rows, n_heldout = train.available_rows, heldout.available_rows
         if job.config.tokens is not None:
             n_rows = min(n_rows, job.config.tokens)
@@ -239,7 +247,9 @@ def _lay_out(job: HarvestJob, builders: Builders, execution: dict[str, Any]) -> 
         )
 
 
-def _row_maps(job: HarvestJob, target: Target, builder: StoreBuilder) -> tuple[RowMap, RowMap]:
+def _row_maps(
+    job: HarvestJob, target: Target, builder: StoreBuilder, counted: Counted
+) -> tuple[RowMap, RowMap]:
     """Training and held-out rows of a store."""
     corpus = Corpus(builder.path / "corpus")
     rule = KeepRule(
@@ -247,18 +257,28 @@ def _row_maps(job: HarvestJob, target: Target, builder: StoreBuilder) -> tuple[R
         bos_id=job.tokenizer.bos_id,
         drop_masked=job.config.drop_masked,
     )
-    train = RowMap(corpus.train, rule, job.mask(target.mask_p), shuffle_seed=job.config.seed)
+    mask, seed = job.mask(target.mask_p), job.config.seed
     unmasked = replace(rule, drop_masked=False)
-    return train, RowMap(corpus.heldout, unmasked, job.mask(0.0), shuffle_seed=None)
+    return (
+        RowMap(corpus.train, rule, mask, shuffle_seed=seed, counted=counted),
+        RowMap(corpus.heldout, unmasked, job.mask(0.0), shuffle_seed=None, counted=counted),
+    )
 
 
 # --- the run ---
 
 
-def _run(job: HarvestJob, model: HookedModel, builders: Builders, *, show_progress: bool) -> None:
+def _run(
+    job: HarvestJob,
+    model: HookedModel,
+    builders: Builders,
+    counted: Counted,
+    *,
+    show_progress: bool,
+) -> None:
     with ThreadPoolExecutor(encode_threads(), thread_name_prefix="encode") as pool:
         writers = {target: builder.writers(pool) for target, builder in builders.items()}
-        passes = _passes(job, builders, writers)
+        passes = _passes(job, builders, writers, counted)
         total = sum(job_pass.layout.n_rows for job_pass in passes)
         execution = next(iter(builders.values())).manifest["execution"]
         with progress(total, "harvest", "rows", show=show_progress) as bar:
@@ -278,13 +298,14 @@ def _passes(
     job: HarvestJob,
     builders: Builders,
     writers: dict[Target, tuple[SplitWriter, SplitWriter]],
+    counted: Counted,
 ) -> list[Pass]:
     """Held-out rows once for all mask ratios, then one pass for each ratio; stores of another
     layout (begun by another command) have passes of their own."""
     heldout: dict[Any, Pass] = {}
     training: dict[Any, Pass] = {}
     for target, builder in builders.items():
-        of_train, of_heldout = _row_maps(job, target, builder)
+        of_train, of_heldout = _row_maps(job, target, builder, counted)
         train_layout, heldout_layout = builder.layouts()
         contexts = int(builder.manifest["execution"]["batch_contexts"])
         train_writer, heldout_writer = writers[target]

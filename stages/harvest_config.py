@@ -117,6 +117,7 @@ def request_of(config: HarvestConfig, target: Target) -> Request:
     for name in ("out", "layers", "mask_p", "device", "batch_contexts", "note_every_s"):
         del asked[name]
     text = asked.pop("text")
+    text["dataset_revision"] = text.pop("revision")  # the model has a revision too
     return {"layer": target.layer, "mask_p": target.mask_p, **asked, **text}
 
 

@@ -92,10 +92,19 @@ class RowMap:
         mask: MaskConfig,
         *,
         shuffle_seed: int | None,
+        counted: "dict[object, NDArray[np.int64]] | None" = None,
     ) -> None:
-        """shuffle_seed: of the permutation inside blocks; None keeps text order."""
+        """shuffle_seed: of the permutation inside blocks; None keeps text order.
+
+        counted: shared by the row maps of one corpus, so that its tokens are counted only once for
+        all that have the same rows.
+        """
         self.table, self.rule, self.mask, self._shuffle_seed = table, rule, mask, shuffle_seed
-        self._starts = self._count()
+        counted = {} if counted is None else counted
+        key = (table.split, rule, mask.p if rule.drop_masked else None)
+        if key not in counted:
+            counted[key] = self._count()
+        self._starts = counted[key]
 
     @property
     def available_rows(self) -> int:

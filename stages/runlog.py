@@ -65,9 +65,9 @@ class RunLog:
             self.flush()
         self._bar.set_postfix_str(_status(line), refresh=False)
 
-    def flush(self) -> None:
-        """Put all lines on disk."""
-        self._folder.append_metrics(self._lines)
+    def flush(self, *, durably: bool = False) -> None:
+        """Put all lines into the file; durably: even if the power is cut."""
+        self._folder.append_metrics(self._lines, durably=durably)
         self._lines, self._written = [], time.monotonic()
 
     def close(self) -> None:

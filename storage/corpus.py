@@ -61,7 +61,7 @@ class TokenTable:
 
     def __init__(self, folder: Path, split: str, info: dict[str, Any]) -> None:
         config = info["recipe"]["config"]
-        self._folder, self._split = folder, split
+        self._folder, self.split = folder, split
         self._bos_id: int | None = info["recipe"]["tokenizer"]["bos_id"]
         self._keep_first = bool(config["keep_first"])
         self.n_contexts = int(info["splits"][split]["contexts"])
@@ -101,10 +101,10 @@ class TokenTable:
     def _read(self, name: str, start: int, stop: int) -> NDArray[np.uint32]:
         if not 0 <= start <= stop <= self.n_contexts:
             raise InputError(
-                f"Contexts {start} to {stop} of {self._split} were asked for, but corpus "
+                f"Contexts {start} to {stop} of {self.split} were asked for, but corpus "
                 f"{self._folder} has {self.n_contexts}. Pass 0 <= start <= stop <= that."
             )
-        path = self._folder / self._split / name
+        path = self._folder / self.split / name
         try:
             if name not in self._arrays:
                 self._arrays[name] = zarr.open_array(path, mode="r")

@@ -2,8 +2,9 @@
 
 # tiny models: 4 layers, d_model 32, 64 tokens, contexts of 64
 
+import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from sae_pipe.stages.sources import TextConfig, TextSource, open_text
 from sae_pipe.stages.tokens import TextTokenizer
 from sae_pipe.storage import ActivationStore, open_store
 from sae_pipe.storage.builder import StoreBuilder
@@ -212,3 +214,55 @@ def refusing_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """4,000 texts of 1 to 120 words, no two alike."""
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "and",
+        "runs",
+        "into",
+        "dark",
+        "forest",
+        "word",
+        "stone",
+    ]
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(words, size=rng.integers(1, 120))) + f" {i}" for i in range(4000)]
+
+
+@pytest.fixture(scope="session")
+def write_source() -> Callable[[Path, Sequence[object]], TextSource]:
+    """Writes values as JSON Lines and opens them."""
+
+    def write(path: Path, lines: Sequence[object]) -> TextSource:
+        path.write_text("\n".join(map(json.dumps, lines)))
+        return open_text(TextConfig(dataset=str(path)))
+
+    return write
+
+
+@pytest.fixture
+def source(
+    tmp_path: Path,
+    documents: list[str],
+    write_source: Callable[[Path, Sequence[object]], TextSource],
+) -> TextSource:
+    """text.jsonl with the first 400 documents."""
+    return write_source(tmp_path / "text.jsonl", [{"text": text} for text in documents[:400]])
+
+
+@pytest.fixture
+def plain(text_tokenizers: dict[str, TextTokenizer]) -> TextTokenizer:
+    """The tiny tokenizer that has EOS and prepends nothing."""
+    return text_tokenizers["plain"]

@@ -62,7 +62,7 @@ def test_what_was_committed_is_remembered_and_the_rest_forgotten(
 
 
 @pytest.mark.parametrize("name", DEDUPS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(texts=st.lists(st.sampled_from(["a b c", "A  b c", "d e f", "é", "é"]), max_size=8))
 def test_the_answers_do_not_depend_on_how_the_text_is_batched(name: str, texts: list[str]) -> None:
     whole, split = sqlite3.connect(":memory:"), sqlite3.connect(":memory:")

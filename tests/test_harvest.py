@@ -2,9 +2,10 @@
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
-import time
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,20 +258,35 @@ def test_what_is_masked_at_a_smaller_ratio_is_masked_at_a_larger_one(
 # --- interrupted ---
 
 
-def _harvest_in_child(config: HarvestConfig) -> None:
+def _harvest_in_child(config: HarvestConfig, die_at: int | None, events: Any) -> None:
+    """Harvest, and die by SIGKILL just before the given event: a write, sync, rename or batch."""
+
+    def counted(function: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with events.get_lock():
+                events.value += 1
+                if events.value == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return called
+
     torch.set_num_threads(1)
+    for name in ("replace", "fsync", "posix_fallocate"):
+        setattr(os, name, counted(getattr(os, name)))
+    BatchRunner._try = counted(BatchRunner._try)  # type: ignore[method-assign]
+    harvest_plan.measure = lambda *_: Rates(tokens_per_s=1e3, bytes_per_value=1.4)  # type: ignore[assignment]
     quiet(config)
 
 
-def run_and_kill(config: HarvestConfig, after_s: float) -> bool:
-    """Harvest in a process of its own and SIGKILL it; whether it was still running then."""
-    process = multiprocessing.get_context("fork").Process(target=_harvest_in_child, args=(config,))
+def run_in_child(config: HarvestConfig, die_at: int | None = None) -> tuple[int | None, int]:
+    """Exit code of a harvest in a process of its own, and how many events it came to."""
+    context = multiprocessing.get_context("fork")
+    events = context.Value("q", 0)
+    process = context.Process(target=_harvest_in_child, args=(config, die_at, events))
     process.start()
-    process.join(after_s)
-    was_running = process.is_alive()
-    process.kill()
     process.join()
-    return was_running
+    return process.exitcode, events.value
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -279,16 +295,20 @@ def test_killed_at_random_instants_a_harvest_gives_the_bytes_of_one_never_interr
     lm: Path, text: Path, store: Path, tmp_path: Path, note_every_s: float
 ) -> None:
     config = config_for(lm, text, tmp_path / "acts.zarr", note_every_s=note_every_s)
-    begun = time.monotonic()
-    run_and_kill(replace(config, out=tmp_path / "timed.zarr"), 600)
-    whole_s = time.monotonic() - begun
-    shutil.rmtree(tmp_path / "timed.zarr")
+    code, events = run_in_child(replace(config, out=tmp_path / "elsewhere" / "whole.zarr"))
+    assert code == 0
     rng = np.random.default_rng(3)
-    kills = sum(run_and_kill(config, rng.uniform(0.05, 0.9) * whole_s) for _ in range(8))
-    assert kills >= 4
-    quiet(config)
-    expected = content(store)
-    found = content(config.out)
+    kills = 0
+    while True:
+        # Far from the start each time, so that every phase down to the last rename is hit.
+        code, _ = run_in_child(config, die_at=int(rng.integers(1, max(events // 8, 30))))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+        assert kills < 200
+    assert kills >= 8
+    expected, found = content(store), content(config.out)
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
 
@@ -353,7 +373,7 @@ def test_a_second_writer_is_refused_and_a_dead_one_holds_nothing(
     lm: Path, text: Path, tmp_path: Path
 ) -> None:
     config = config_for(lm, text, tmp_path / "acts.zarr")
-    run_and_kill(config, 600)
+    quiet(config)
     (config.out / "manifest.json").write_text(
         (config.out / "manifest.json").read_text().replace('"complete"', '"harvesting"')
     )
