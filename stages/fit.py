@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ..storage import ActivationStore
 from ..storage.errors import InputError, NonFiniteError, StoreError
-from ..storage.files import write_json, write_whole
+from ..storage.files import remove_leftovers, write_json, write_whole
 from ..storage.lock import sole_writer
 from .batches import TorchBatches
 from .curve import draw_curve
@@ -92,6 +92,7 @@ def fit(
     out = Path(default_out(store, config) if out is None else out)
     _check_possible(config, store.d_in, store.n_rows)  # before a folder is made
     with sole_writer(out, "Run"):
+        remove_leftovers(out)
         folder = RunFolder(out)
         folder.begin(_recipe(store, config), _details(store, config))
         summary = folder.summary()

@@ -21,6 +21,7 @@ from ..storage import provenance
 from ..storage.builder import StoreBuilder, is_begun
 from ..storage.corpus import Corpus
 from ..storage.errors import InputError, StoreError
+from ..storage.files import remove_leftovers
 from ..storage.layout import choose_layout
 from ..storage.lock import sole_writer
 from ..storage.manifest import COMPLETE, MANIFEST, TOKENISING
@@ -119,6 +120,7 @@ def _begun(config: HarvestConfig, wanted: list[Target], locks: ExitStack) -> Bui
         if builder.state != COMPLETE:
             locks.enter_context(sole_writer(target.path, "Store"))
             builder = StoreBuilder.resume(target.path)  # as it is now that nobody else writes
+            remove_leftovers(target.path)
         if "request" not in builder.manifest:
             raise InputError(
                 f"Store {target.path} was not made by a harvest, so it cannot be gone on with. "

@@ -40,6 +40,15 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
         raise disk_error(error, path) from error
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left below a folder: temporary files that were never renamed.
+
+    The caller holds the folder's lock, so that none of them belongs to a living writer.
+    """
+    for file in folder.rglob(".*.tmp"):
+        file.unlink(missing_ok=True)
+
+
 def disk_error(error: OSError, path: Path) -> DiskError:
     """The sentence for an OSError met while writing `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
