@@ -88,6 +88,23 @@ def fit(
             rich_help_panel=_RECIPE,
         ),
     ] = None,
+    decay_start: Annotated[
+        float,
+        typer.Option(
+            help="Share of the steps from which the learning rate falls to 0.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = FitConfig.decay_start,
+    grad_clip: Annotated[
+        float, typer.Option(help="Largest total norm of the gradient.", rich_help_panel=_RECIPE)
+    ] = FitConfig.grad_clip,
+    threshold_beta: Annotated[
+        float | None,
+        typer.Option(
+            help="How much of the inference threshold each step keeps. Default: 0.999, less in runs below 10,000 steps.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="Of initial weights and row order.", rich_help_panel=_RUN)
     ] = FitConfig.seed,
@@ -100,6 +117,29 @@ def fit(
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Minutes between checkpoints.", rich_help_panel=_RUN)
     ] = FitConfig.checkpoint_minutes,
+    checkpoint_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps between checkpoints, in addition.", rich_help_panel=_RUN),
+    ] = None,
+    log_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between lines of metrics.jsonl. Default: about a thousand lines.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    heldout_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between held-out evaluations. Default: ten a run.", rich_help_panel=_RUN
+        ),
+    ] = None,
+    heldout_rows: Annotated[
+        int,
+        typer.Option(
+            help="Held-out rows of each of them; the summary uses all.", rich_help_panel=_RUN
+        ),
+    ] = FitConfig.heldout_rows,
 ) -> None:
     """Fit a sparse autoencoder from a store.
 
@@ -119,10 +159,17 @@ def fit(
         dead_after_tokens=dead_after_tokens,
         threshold_start=threshold_start,
         k_anneal_steps=k_anneal_steps,
+        decay_start=decay_start,
+        grad_clip=grad_clip,
+        threshold_beta=threshold_beta,
         seed=seed,
         device=device,
         dtype=dtype,
         checkpoint_minutes=checkpoint_minutes,
+        checkpoint_steps=checkpoint_steps,
+        log_every=log_every,
+        heldout_every=heldout_every,
+        heldout_rows=heldout_rows,
     )
     from ..stages.fit import default_out
     from ..stages.fit import fit as run

@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+from ..stages.dedup import DEDUPS
+from ..stages.harvest_config import DEFAULT_BLOCK_BYTES
+from ..stages.taps import DEFAULT_HOOK, HOOKS
+from ..storage.codecs import CODECS
 from .errors import told_to_the_user
 
 _MODEL, _TEXT, _ROWS, _RUN = "What is hooked", "Text", "Rows and masking", "How it runs"
@@ -62,10 +66,10 @@ def harvest(
     hook: Annotated[
         str,
         typer.Option(
-            help="resid_post (output of the block), resid_pre, mlp_out or attn_out.",
+            help=f"What to take from the block: {', '.join(HOOKS)}, as TransformerLens names them.",
             rich_help_panel=_MODEL,
         ),
-    ] = "resid_post",
+    ] = DEFAULT_HOOK,
     revision: Annotated[
         str | None,
         typer.Option(help="Branch, tag or commit of a Hub model.", rich_help_panel=_MODEL),
@@ -100,8 +104,7 @@ def harvest(
     dedup: Annotated[
         str,
         typer.Option(
-            help="Drop documents seen before: exact (same normalised text), minhash "
-            "(near-duplicates) or none.",
+            help=f"How documents seen before are found and dropped: {', '.join(DEDUPS)}.",
             rich_help_panel=_TEXT,
         ),
     ] = "exact",
@@ -144,7 +147,11 @@ def harvest(
         int, typer.Option(help="Of masks, shuffles and the held-out split.", rich_help_panel=_ROWS)
     ] = 0,
     codec: Annotated[
-        str, typer.Option(help="lossless or none (no compression).", rich_help_panel=_RUN)
+        str,
+        typer.Option(
+            help="; ".join(f"{name}: {each.description}" for name, each in CODECS.items()) + ".",
+            rich_help_panel=_RUN,
+        ),
     ] = "lossless",
     device: Annotated[
         str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", rich_help_panel=_RUN)
@@ -162,14 +169,13 @@ def harvest(
             help="Contexts a forward pass. Default: chosen for the device.", rich_help_panel=_RUN
         ),
     ] = None,
-    buffer_gb: Annotated[
-        float | None,
+    block_gb: Annotated[
+        float,
         typer.Option(
-            help="Memory for the blocks that rows are shuffled in. Default: a quarter of the "
-            "machine's, at most 17.2.",
+            help="Size of the blocks that rows are shuffled in; two for each layer are in memory.",
             rich_help_panel=_RUN,
         ),
-    ] = None,
+    ] = DEFAULT_BLOCK_BYTES / 1e9,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=_RUN)
     ] = False,
@@ -211,6 +217,6 @@ def harvest(
         device=device,
         dtype=dtype,
         batch_contexts=batch_contexts,
-        buffer_bytes=None if buffer_gb is None else int(buffer_gb * 1e9),
+        block_bytes=int(block_gb * 1e9),
     )
     run(config, say=typer.echo, dry_run=dry_run)

@@ -42,7 +42,7 @@ def verify(path: _PATH) -> None:
     from ..storage.info import verify_files
 
     store = open_store(path)
-    total = sum(file.stat().st_size for file, _ in store.files())
+    total = sum(file.stat().st_size for file, _ in store.files() if file.is_file())
     with progress(total, "verify", "B") as bar:
         verify_files(store, bar.update)
-    typer.echo(f"{path} is whole: {len(store.files())} shard files and the tokens match.")
+    typer.echo(f"{path} is whole: {len(store.files())} files and the tokens match their digests.")

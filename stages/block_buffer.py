@@ -95,5 +95,7 @@ def _reserve(file: Path, size: int) -> None:
     """Take the disk space now: a full disk must be an error here, not a signal while filling."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as handle:
-        if size:
+        if size and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle.fileno(), 0, size)
+        else:  # macOS
+            handle.truncate(size)

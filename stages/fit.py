@@ -158,7 +158,7 @@ def _details(store: ActivationStore, config: FitConfig) -> dict[str, Any]:
         "resolved": asdict(schedule) | {"norm_factor": norm_factor(store, config)},
         "free": {name: getattr(config, name) for name in _FREE_FIELDS},
         "store": {
-            "path": str(store.path),
+            "path": str(store.path.resolve()),
             "name": store.name,
             "digest": store.digest,
             "n_rows": store.n_rows,

@@ -100,9 +100,11 @@ def _harvest(
     _run(job, model, builders, counted, show_progress=show_progress)
     for target, builder in builders.items():
         train, heldout = builder.layouts()
+        asked = job.corpus.heldout_rows
+        fewer = f" ({asked:,} were asked for, but the text is short)"
         say(
             f"{target.path} is complete: {train.n_rows:,} training and {heldout.n_rows:,} held-out "
-            "rows."
+            f"rows{fewer if heldout.n_rows < asked else ''}."
         )
 
 
@@ -133,7 +135,7 @@ def _begun(config: HarvestConfig, wanted: list[Target], locks: ExitStack) -> Bui
 
 def _check_free_place(path: Path) -> None:
     """InputError when something that is not ours stands where the store shall be."""
-    ours = {".lock", "corpus.building"}
+    ours = {".lock", "corpus.building", "tokenizer.json"}
     if path.is_dir() and {entry.name for entry in path.iterdir()} <= ours:
         return
     if path.exists():
@@ -144,7 +146,7 @@ def _check_free_place(path: Path) -> None:
 
 def _begin(job: HarvestJob, todo: list[Target], builders: Builders, locks: ExitStack) -> None:
     """Write the manifests of new stores, and note this run in all of them."""
-    session = {
+    this_run = {
         "started": provenance.now(),
         "hardware": provenance.hardware(),
         "device": _device_name(job.device),
@@ -158,12 +160,13 @@ def _begin(job: HarvestJob, todo: list[Target], builders: Builders, locks: ExitS
                     f"Store {target.path} was begun by another process just now. "
                     "Run the same command again to see whether it is the same recipe."
                 )
+            # Before the manifest: a store that is begun has all that it will not be given again.
+            job.tokenizer.save(target.path / "tokenizer.json")
             request, recipe = request_of(job.config, target), job.recipe(target)
             builders[target] = StoreBuilder.begin(
                 target.path, as_json(request), as_json(recipe), job.config.codec
             )
-            job.tokenizer.save(target.path / "tokenizer.json")
-        builders[target].record_session(session)
+        builders[target].record_run(this_run)
 
 
 def _device_name(device: torch.device) -> str:
@@ -225,7 +228,6 @@ def _lay_out(
     job: HarvestJob, builders: Builders, execution: dict[str, Any], counted: Counted
 ) -> None:
     """Fix the sizes, now that it is known how many rows the text gives."""
-    n_layers = len({target.layer for target in builders})
     for target, builder in builders.items():
         train, heldout = _row_maps(job, target, builder, counted)
         n_rows, n_heldout = train.available_rows, heldout.available_rows
@@ -237,7 +239,7 @@ def _lay_out(
             choose_layout(
                 n_rows=n_rows,
                 d_in=job.info.d_model,
-                block_bytes=execution["buffer_bytes"] // (2 * n_layers),
+                block_bytes=job.config.block_bytes,
                 shard_rows=job.config.shard_rows,
             ),
             choose_layout(

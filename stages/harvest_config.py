@@ -6,16 +6,16 @@ from typing import Any
 
 from ..storage.codecs import get_codec
 from ..storage.errors import InputError
-from .hooks import DEFAULT_HOOK
 from .masking import DEFAULT_MASK_STRING
 from .sources import TextConfig
+from .taps import DEFAULT_HOOK
 
 DEFAULT_TOKENS = 500_000_000  # as the paper trains (arXiv 2604.06495)
 DEFAULT_CONTEXT_SIZE = 1024
 MAX_HELDOUT_TOKENS = 1_000_000
+# The same on every machine, because the block size decides about the order of the stored rows.
+DEFAULT_BLOCK_BYTES = 2_000_000_000
 
-# A folder, or a Hub id, belongs to neither side of a comparison of what was asked for: what is in
-# it is compared by digest.
 Request = dict[str, Any]
 
 
@@ -25,8 +25,8 @@ class HarvestConfig:
 
     tokens: training rows of each store (None: 500 million, or all the text if it is shorter);
     heldout_tokens: held-out rows (None: a million or 1 %, the smaller); context_size: None for the
-    smaller of 1024 and the model's maximum; batch_contexts: None to choose; buffer_bytes: memory
-    for the blocks being filled and written, None for a quarter of the machine's;
+    smaller of 1024 and the model's maximum; batch_contexts: None to choose; block_bytes: raw bytes
+    of the blocks that the rows of one layer are shuffled in (two are in memory for each layer);
     note_every_s: a block that takes longer than this to fill is kept on disk and noted this often.
     """
 
@@ -50,7 +50,7 @@ class HarvestConfig:
     device: str = "auto"
     dtype: str = "auto"
     batch_contexts: int | None = None
-    buffer_bytes: int | None = None
+    block_bytes: int = DEFAULT_BLOCK_BYTES
     shard_rows: int | None = None
     note_every_s: float = 60.0
 
@@ -68,21 +68,19 @@ class HarvestConfig:
             )
         for flag, value in (
             ("--tokens", self.tokens),
-            ("--context-size", self.context_size),
             ("--batch-contexts", self.batch_contexts),
+            ("--block-gb", self.block_bytes),
             ("--shard-rows", self.shard_rows),
         ):
             if value is not None and value < 1:
                 raise InputError(f"{flag} is {value}, and has to be at least 1.")
+        if self.context_size is not None and self.context_size < 2:
+            raise InputError(
+                f"--context-size is {self.context_size}, and has to be at least 2: the first "
+                "position of a context is left out."
+            )
         if self.heldout_tokens is not None and self.heldout_tokens < 0:
             raise InputError(f"--heldout-tokens is {self.heldout_tokens}, and has to be 0 or more.")
-
-    @property
-    def heldout_rows(self) -> int:
-        """Rows of the held-out split."""
-        if self.heldout_tokens is not None:
-            return self.heldout_tokens
-        return min(MAX_HELDOUT_TOKENS, max((self.tokens or DEFAULT_TOKENS) // 100, 1))
 
 
 @dataclass(frozen=True)
@@ -102,10 +100,15 @@ def targets(config: HarvestConfig) -> list[Target]:
         return [Target(config.out, layers[0], ratios[0])]
     stem = config.out.name.removesuffix(".zarr")
     return [
-        Target(config.out.with_name(f"{stem}-layer{layer}-p{ratio:g}.zarr"), layer, ratio)
+        Target(config.out.with_name(f"{stem}-layer{layer}-p{_short(ratio)}.zarr"), layer, ratio)
         for ratio in ratios
         for layer in layers
     ]
+
+
+def _short(ratio: float) -> str:
+    """0 for 0.0, 0.3 for 0.3; different for different numbers."""
+    return repr(float(ratio)).removesuffix(".0")
 
 
 def request_of(config: HarvestConfig, target: Target) -> Request:
@@ -118,7 +121,15 @@ def request_of(config: HarvestConfig, target: Target) -> Request:
         del asked[name]
     text = asked.pop("text")
     text["dataset_revision"] = text.pop("revision")  # the model has a revision too
+    # A local path is one place however it is spelt and from wherever the command is run.
+    asked["model"] = _whole_path(config.model)
+    text["dataset"] = _whole_path(config.text.dataset)
     return {"layer": target.layer, "mask_p": target.mask_p, **asked, **text}
+
+
+def _whole_path(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def check_same(path: Path, begun: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -13,10 +13,9 @@ from .backoff import find_batch_size
 from .harvest_config import Target
 from .harvest_job import HarvestJob, estimated_tokens
 from .hooks import HookedModel
-from .plan import Plan, free_bytes, measure
+from .plan import Plan, free_bytes, human_bytes, measure
 
-_MEMORY_SHARE = 4  # a quarter of the machine's memory for blocks
-_MAX_BUFFER_BYTES = 16 << 30
+_MEMORY_SHARE = 0.7  # of the machine's memory, for blocks
 _SAMPLE_CONTEXTS = 64
 
 
@@ -30,19 +29,17 @@ def make_plan(
     sample = _sample(job, new, min(batch_contexts, _SAMPLE_CONTEXTS))
     rates = measure(model, sample, job.config)
     layers = {target.layer for target in new}
-    buffer_bytes = job.config.buffer_bytes
-    if buffer_bytes is None:
-        buffer_bytes = min(provenance.memory_bytes() // _MEMORY_SHARE, _MAX_BUFFER_BYTES)
     rows = job.config.tokens or job.corpus.train_rows or _rows_of_text(job)
     layout = choose_layout(
         n_rows=rows,
         d_in=job.info.d_model,
-        block_bytes=buffer_bytes // (2 * len(layers)),
+        block_bytes=job.config.block_bytes,
         shard_rows=job.config.shard_rows,
     )
     block_bytes = layout.block_rows * layout.d_in * 2 * len(layers)
     block_seconds = layout.block_rows / rates.tokens_per_s
     on_disk = block_seconds > job.config.note_every_s
+    _check_memory(2 * block_bytes, len(layers))
     plan = Plan(
         n_stores=len(new),
         n_passes=len({target.mask_p for target in new}),
@@ -60,10 +57,20 @@ def make_plan(
     execution = {
         "device": str(job.device),
         "batch_contexts": batch_contexts,
-        "buffer_bytes": buffer_bytes,
         "tokens_per_s": rates.tokens_per_s,
     }
     return plan, execution
+
+
+def _check_memory(needed: int, n_layers: int) -> None:
+    """InputError, with the flag that would make it fit, when the blocks need too much memory."""
+    room = provenance.memory_bytes() * _MEMORY_SHARE
+    if needed > room:
+        raise InputError(
+            f"Two blocks for each of {n_layers} layers need {human_bytes(needed)} of memory, and "
+            f"this machine has {human_bytes(provenance.memory_bytes())}. Pass --block-gb "
+            f"{room / (2 * n_layers) / 1e9:.2g} or less, or fewer --layer at once."
+        )
 
 
 def _rows_of_text(job: HarvestJob) -> int:

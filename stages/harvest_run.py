@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..storage.codecs.base import Bits
+from ..storage.files import fsync_folder
 from ..storage.layout import Layout
 from ..storage.writer import SplitWriter
 from .backoff import BatchRunner
@@ -167,6 +168,7 @@ def link_tree(source: Path, target: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(source, unfinished, copy_function=_link_or_copy)
     os.replace(unfinished, target)
+    fsync_folder(target.parent)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -22,8 +22,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..storage.errors import InputError, NetworkError
 from ..storage.files import file_digest, json_digest
-from .hooks import HOOKS, HookedModel, check_model, locate_blocks
+from .hooks import HookedModel, check_model, locate_blocks
 from .model_names import resolve_model
+from .taps import HOOKS
 
 _WEIGHT_GLOBS = ("*.safetensors", "pytorch_model*.bin")
 

@@ -11,7 +11,8 @@ from typing import Any, Self
 
 from . import provenance, zarr_metadata
 from .codecs import get_codec
-from .corpus import Corpus
+from .corpus import CORPUS_JSON, Corpus
+from .files import file_digest
 from .layout import Layout
 from .manifest import (
     COMMITS,
@@ -55,7 +56,7 @@ class StoreBuilder:
             "provenance": {
                 "command": provenance.command_line(),
                 "versions": provenance.versions(),
-                "sessions": [],
+                "runs": [],
             },
         }
         write_manifest(path, manifest)
@@ -116,10 +117,23 @@ class StoreBuilder:
             SplitWriter(self.path, "heldout", heldout, codec, pool, with_masked=False),
         )
 
-    def record_session(self, session: dict[str, Any]) -> None:
+    def record_run(self, run: dict[str, Any]) -> None:
         """Note one run of the harvest: host, device, time."""
-        self.manifest["provenance"]["sessions"].append(session)
+        self.manifest["provenance"]["runs"].append(run)
         write_manifest(self.path, self.manifest)
+
+    def _other_files(self) -> dict[str, dict[str, Any]]:
+        """Size and SHA-256 of what is neither a shard nor listed by corpus.json."""
+        files = [*self.path.glob("*.json"), *self.path.glob("statistics/*/c/0")]
+        files += [
+            file
+            for file in self.path.rglob("zarr.json")
+            if file.relative_to(self.path).parts[0] != "corpus"
+        ]
+        files.append(self.path / "corpus" / CORPUS_JSON)
+        named = {file.relative_to(self.path).as_posix(): file for file in files}
+        named.pop(MANIFEST)
+        return {name: _entry(file) for name, file in sorted(named.items())}
 
     def finish(self, train: SplitWriter, heldout: SplitWriter) -> None:
         """Fold the commit records into the manifest, write the statistics, declare it complete."""
@@ -137,11 +151,16 @@ class StoreBuilder:
             "norm_of_mean": float((moments.mean**2).sum() ** 0.5),
             "total_variance": float(moments.variance.sum()),
         }
+        self.manifest["files"] = self._other_files()
         self.manifest["digest"] = content_digest(self.manifest)
         self.manifest["provenance"]["finished"] = provenance.now()
         self.manifest["state"] = COMPLETE
         write_manifest(self.path, self.manifest)
         shutil.rmtree(self.path / COMMITS)
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
 
 
 def _as_json(layout: Layout) -> dict[str, int]:

@@ -115,15 +115,13 @@ def _statistics(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _made(manifest: Manifest) -> str:
     made = manifest["provenance"]
-    sessions = made["sessions"]
-    where = (
-        f" on {sessions[-1]['hardware']['processor']}, {sessions[-1]['device']}" if sessions else ""
-    )
+    runs = made["runs"]
+    where = f" on {runs[-1]['hardware']['processor']}, {runs[-1]['device']}" if runs else ""
     return f"{made.get('finished', 'not finished')}{where}, sae-pipe {made['versions']['sae-pipe']}"
 
 
 def verify_files(store: ActivationStore, advance: Callable[[int], object]) -> None:
-    """Compare every shard file and the corpus with their digests, on all cores.
+    """Compare every file with its digest, on all cores.
 
     advance: called with the bytes of each file that is right. Raises StoreError for the first that
     is not.
@@ -131,12 +129,19 @@ def verify_files(store: ActivationStore, advance: Callable[[int], object]) -> No
 
     def check(entry: tuple[Path, str]) -> int:
         path, digest = entry
-        if file_digest(path) != digest:
+        try:
+            found, size = file_digest(path), path.stat().st_size
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be read ({error.strerror}). "
+                "Fetch that file again, or delete the store and harvest it again."
+            ) from error
+        if found != digest:
             raise StoreError(
                 f"{path} does not have the digest that the manifest of {store.path} records. "
                 "Fetch that file again, or delete the store and harvest it again."
             )
-        return path.stat().st_size
+        return size
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for size in pool.map(check, store.files()):

@@ -2,8 +2,8 @@
 
 One epoch: shards are permuted and taken in groups of `open_shards`; the chunks of a group are
 permuted and cut into windows; the rows of a window are permuted. A batch is a run of rows of that
-order, and epochs follow one another without a gap. Rows of one context stand in one block, so a
-batch meets them as often as in a window of about open_shards blocks (docs/architecture.md).
+order, and epochs follow one another without a gap. Rows of one context stand in one block (in two
+at its border), so a batch meets them as often as in a window of about open_shards blocks.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .counter import permutation, stream_key
 from .layout import VALUE_BYTES, Layout
 
-OPEN_SHARDS = 16
+OPEN_SHARDS = 32
 WINDOW_BYTES = 256 << 20  # of bfloat16 rows; the reader holds two windows
 
 

@@ -4,7 +4,7 @@ Format (Zarr v3 sharding codec 1.0): the frames of the inner chunks one after an
 by its own crc32c when the inner codecs end with crc32c; then for each chunk the offset and the
 length as two little-endian uint64 (both 2**64-1 for a chunk that is absent), then the crc32c of
 that index. Frames are assembled here rather than by zarr-python because our threads encode and
-decode them in parallel; tests/test_shard.py checks that zarr-python reads what we write and the
+decode them in parallel; tests/test_rows.py checks that zarr-python reads what we write and the
 other way round.
 """
 

@@ -139,9 +139,14 @@ class ActivationStore:
         return np.frombuffer(frame, dtype="<f8").astype(np.float64)
 
     def files(self) -> list[tuple[Path, str]]:
-        """Every shard file with its recorded SHA-256."""
+        """Every file with its recorded SHA-256, but for those that the corpus verifies itself."""
         readers = (self._train, self.heldout._reader)
-        return [(path, digest) for reader in readers for _, path, digest in reader.files()]
+        shards = [(path, digest) for reader in readers for _, path, digest in reader.files()]
+        others = [
+            (self.path / name, str(entry["sha256"]))
+            for name, entry in self.manifest["files"].items()
+        ]
+        return [*others, *shards]
 
     def close(self) -> None:
         """Close the files that reading has opened."""

@@ -1,7 +1,7 @@
 """The zarr.json files of a store (Zarr core specification v3).
 
-Fill values are chosen so that a missing shard can never pass for data with a plain reader either:
-NaN for activations, -1 for sources. The root carries consolidated metadata, so that listing the
+Fill values are chosen so that rows of a missing shard do not pass for data with a plain reader
+either: NaN for activations, -1 for sources. The root carries consolidated metadata, so that listing the
 group does not stumble over manifest.json.
 """
 

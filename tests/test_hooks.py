@@ -17,8 +17,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sae_pipe.stages.hooks import HOOKS, HookedModel, check_model, locate_blocks
+from sae_pipe.stages.hooks import HookedModel, check_model, locate_blocks
 from sae_pipe.stages.models import inspect_model, load_truncated
+from sae_pipe.stages.taps import HOOKS
 from sae_pipe.storage.errors import InputError
 
 CPU = torch.device("cpu")

@@ -13,9 +13,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from sae_pipe.stages.devices import pick_device, pick_dtype
-from sae_pipe.stages.hooks import HOOKS, HookedModel
+from sae_pipe.stages.hooks import HookedModel
 from sae_pipe.stages.model_names import MODEL_NAMES, resolve_model
 from sae_pipe.stages.models import ModelInfo, check_layer, inspect_model, load_truncated
+from sae_pipe.stages.taps import HOOKS
 from sae_pipe.storage.errors import InputError
 from sae_pipe.storage.files import file_digest, json_digest
 

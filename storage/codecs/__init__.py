@@ -2,7 +2,7 @@
 
 A codec turns one chunk of rows into one frame and back. Frames are exactly what the Zarr v3 codecs
 it declares would write, so every Zarr reader gets right numbers without this package. To add one:
-one file here, one line in CODECS; the contract tests in tests/test_codecs.py run over the registry.
+one file here, one line in CODECS; the contract tests in tests/test_rows.py run over the registry.
 """
 
 from ..errors import InputError

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from sae_pipe.stages.backoff import BatchRunner, find_batch_size
 from sae_pipe.stages.devices import pick_device, pick_dtype
-from sae_pipe.stages.hooks import DEFAULT_HOOK, HookedModel
+from sae_pipe.stages.hooks import HookedModel
 from sae_pipe.stages.models import inspect_model, load_truncated
+from sae_pipe.stages.taps import DEFAULT_HOOK
 
 
 def forward_floor(
