@@ -6,12 +6,15 @@ layers are neither read nor held. Code that a checkpoint brings along is never r
 """
 
 import copy
+import socket
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import huggingface_hub
 import huggingface_hub.errors as hub_errors
@@ -151,9 +154,14 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _hub_config_file(source: str, revision: str | None) -> Path:
     """The Hub's config.json, from the cache of earlier downloads or fetched now."""
+    offline = not hub_is_reachable()
     at = source if revision is None else f"{source} at revision {revision}"
     try:
-        return Path(huggingface_hub.hf_hub_download(source, "config.json", revision=revision))
+        return Path(
+            huggingface_hub.hf_hub_download(
+                source, "config.json", revision=revision, local_files_only=offline
+            )
+        )
     except hub_errors.GatedRepoError as error:
         raise InputError(
             f"Model {source} is gated. Accept its terms at https://huggingface.co/{source}, run "
@@ -176,6 +184,22 @@ def _hub_config_file(source: str, revision: str | None) -> Path:
         ) from error
     except (OSError, hub_errors.FileMetadataError) as error:
         raise _no_network(source, at) from error
+
+
+def hub_is_reachable() -> bool:
+    """One quick look first: without network, the Hub's client retries for half a minute."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    address = urlsplit(huggingface_hub.constants.ENDPOINT)
+    proxied = urllib.request.getproxies().get(address.scheme)
+    if proxied:  # the proxy is what can be reached, or not
+        address = urlsplit(proxied if "//" in proxied else f"//{proxied}")
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 def _no_network(source: str, at: str) -> NetworkError:
