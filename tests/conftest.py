@@ -266,3 +266,46 @@ def source(
 def plain(text_tokenizers: dict[str, TextTokenizer]) -> TextTokenizer:
     """The tiny tokenizer that has EOS and prepends nothing."""
     return text_tokenizers["plain"]
+
+
+@pytest.fixture(scope="session")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-NeoX of 3 layers with the tiny tokenizer."""
+    folder = tmp_path_factory.mktemp("lm")
+    config = transformers.GPTNeoXConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    save_tiny_model(config, folder)
+    save_tiny_tokenizer(folder, bos=False, eos=True)
+    file = folder / "tokenizer_config.json"  # one token is both BOS and EOS, as for Pythia
+    settings = json.loads(file.read_text()) | {"bos_token": "<|endoftext|>"}
+    file.write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 documents of 5 to 80 words."""
+    rng = np.random.default_rng(0)
+    words = " ".join(SENTENCES).split()
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    documents = [" ".join(rng.choice(words, int(rng.integers(5, 80))).tolist()) for _ in range(400)]
+    file.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    return file
+
+
+@pytest.fixture(scope="session")
+def store(lm: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of `config_for`, never interrupted."""
+    from .harvesting import config_for, quiet
+
+    out = tmp_path_factory.mktemp("harvest") / "acts.zarr"
+    quiet(config_for(lm, text, out))
+    return out
