@@ -202,10 +202,22 @@ def _add_corpus(
                 (target.path / "tokenizer.json").unlink(missing_ok=True)
             raise
         existing = first.path / "corpus"
+        say(_about_text(Corpus(existing)))
     else:
         say(f"tokens    those of {existing.parent}, which has the same text")
     for target in without:
         link_tree(existing, target.path / "corpus")
+
+
+def _about_text(corpus: Corpus) -> str:
+    """What became of the records of the text, by reason: nothing is left out silently."""
+    documents = corpus.info["documents"]
+    used = sum(split["documents"] for split in corpus.info["splits"].values())
+    left_out = ", ".join(f"{n:,} {why}" for why, n in sorted(documents["left_out"].items()) if n)
+    return (
+        f"text      {used:,} documents used of {documents['records_read']:,} records read; "
+        f"left out: {left_out or 'none'}"
+    )
 
 
 def _corpus_beside(job: HarvestJob, builders: Builders) -> Path | None:

@@ -1,5 +1,6 @@
 """Harvest end to end on a tiny random model: right rows, each once, whatever interrupts it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,23 @@ def test_several_layers_and_ratios_give_the_stores_of_single_harvests(
         unmasked.source(slice(None)), alone.source(slice(None)), strict=True
     ):
         np.testing.assert_array_equal(found, expected)  # the same rows in the same places
+
+
+def test_what_became_of_the_records_is_said_by_reason(lm: Path, text: Path, tmp_path: Path) -> None:
+    lines = text.read_text().splitlines()
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(
+        "\n".join(["not json", '{"text": ""}', '{"text": 3}', lines[0], *lines]) + "\n"
+    )
+    said: list[str] = []
+    config = config_for(lm, broken, tmp_path / "a.zarr", tokens=1000)
+    harvest(config, say=said.append, show_progress=False)
+    (line,) = (line for line in said if line.startswith("text "))
+    assert re.fullmatch(
+        r"text      \d+ documents used of \d+ records read; "
+        r"left out: 1 duplicate, 1 empty, 1 malformed JSON, 1 not text",
+        line,
+    )
 
 
 def test_a_store_of_the_same_text_beside_it_lends_its_tokens(
