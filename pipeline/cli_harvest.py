@@ -1,5 +1,6 @@
 """sae-pipe harvest"""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -173,6 +174,8 @@ def harvest(
         float,
         typer.Option(
             help="Size of the blocks that rows are shuffled in; two for each layer are in memory.",
+            min=0.001,
+            max=10_000,
             rich_help_panel=_RUN,
         ),
     ] = DEFAULT_BLOCK_BYTES / 1e9,
@@ -217,6 +220,14 @@ def harvest(
         device=device,
         dtype=dtype,
         batch_contexts=batch_contexts,
-        block_bytes=int(block_gb * 1e9),
+        block_bytes=_whole_bytes(block_gb),
     )
     run(config, say=typer.echo, dry_run=dry_run)
+
+
+def _whole_bytes(gigabytes: float) -> int:
+    from ..storage import InputError
+
+    if not math.isfinite(gigabytes):
+        raise InputError(f"--block-gb is {gigabytes}, and has to be a number of gigabytes.")
+    return int(gigabytes * 1e9)

@@ -74,6 +74,7 @@ class BatchRunner:
                 self._halve(part.stop - part.start, token_ids_NT.shape[1])
                 continue
             yield part, activations
+            del activations  # or they would be held through the next forward pass
             first = part.stop
 
     def _try(self, token_ids_BT: Tensor) -> dict[int, Tensor] | None:

@@ -8,15 +8,12 @@ held-out rows and writes weights, picture and summary.
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,17 +21,19 @@ from numpy.typing import NDArray
 
 from ..storage import ActivationStore
 from ..storage.errors import InputError, NonFiniteError, StoreError
-from ..storage.files import remove_leftovers, write_json, write_whole
+from ..storage.files import write_json, write_whole
 from ..storage.lock import sole_writer
 from .batches import TorchBatches
 from .curve import draw_curve
 from .devices import pick_device
+from .fit_memory import check_memory, memory_is_enough
 from .fitconfig import FitConfig, Schedule
 from .metrics import evaluate
 from .rundir import RunFolder, plain
 from .runlog import RunLog, to_numbers
 from .sae import get_architecture
 from .sae.weights import describe_sae, write_weights
+from .stopping import leave, signals_asked
 from .trainer import NEVER, Trainer
 
 SUMMARY_METRICS = ("explained_variance", "fvu", "mse", "l0", "dead_fraction", "gamma")
@@ -87,20 +86,30 @@ def fit(
 
     out: the run folder; None is `default_out`. Killed at any instant and called again, it gives the
     weights of a run that was not. Raises InputError (a configuration that cannot work, another run
-    in that folder, a second process on it), StoreError, DiskError, and NonFiniteError for NaN.
+    or something else in that folder, a second process on it), StoreError, DiskError, and
+    NonFiniteError for NaN.
     """
     out = Path(default_out(store, config) if out is None else out)
-    _check_possible(config, store.d_in, store.n_rows)  # before a folder is made
+    folder = RunFolder(out)
+    # Before a folder is made, or anything in one that is not ours is touched.
+    _, device = _check_possible(config, store.d_in, store.n_rows)
+    folder.check_place()
+    if folder.summary() is None:
+        check_memory(config, store.d_in, device)
     with sole_writer(out, "Run"):
-        remove_leftovers(out)
-        folder = RunFolder(out)
-        folder.begin(_recipe(store, config), _details(store, config))
+        folder.remove_leftovers()
+        recipe = _recipe(store, config)
+        folder.check_same(recipe)
         summary = folder.summary()
-        if summary is None:
-            return _Run(store, config, folder, show_progress=show_progress).complete()
-        if show_progress:
-            print(f"Run {out} is complete: nothing to do.", file=sys.stderr)
-        return _read_summary(summary, folder)
+        if summary is not None:
+            folder.remove_checkpoint()  # a kill may have come right after the summary
+            if show_progress:
+                print(f"Run {out} is complete: nothing to do.", file=sys.stderr)
+            return _read_summary(summary, folder)
+        with memory_is_enough(config, device):
+            trainer = build_trainer(config, store.d_in, store.n_rows)  # fails before config.json
+            folder.begin(recipe, _details(store, config))
+            return _Run(store, config, folder, trainer, show_progress=show_progress).complete()
 
 
 def default_out(store: ActivationStore, config: FitConfig) -> str:
@@ -194,13 +203,13 @@ class _Run:
         store: ActivationStore,
         config: FitConfig,
         folder: RunFolder,
+        trainer: Trainer,
         *,
         show_progress: bool,
     ) -> None:
-        self.store, self.config, self.folder = store, config, folder
+        self.store, self.config, self.folder, self.trainer = store, config, folder, trainer
         self.schedule: Schedule = config.schedule(store.n_rows)
         self.norm_factor = norm_factor(store, config)
-        self.trainer = build_trainer(config, store.d_in, store.n_rows)
         self.seconds_before = self.waited_before_s = 0.0
         self.checkpointed_step: int | None = None
         self._resume()
@@ -235,7 +244,7 @@ class _Run:
     def complete(self) -> Summary:
         """Train to the end, judge, write everything."""
         try:
-            with _signals() as asked, _products(self.config.dtype):
+            with signals_asked() as asked, _products(self.config.dtype):
                 self.train(asked)
             return self.finish()
         finally:
@@ -256,7 +265,7 @@ class _Run:
             if is_last or asked or self._checkpoint_is_due(step):
                 self.checkpoint()
             if asked:
-                _leave(asked[0], self.folder.path)
+                leave(asked[0], self.folder.path)
 
     def _record(self, step: int, values: dict[str, Any], *, judged: bool) -> None:
         self._check_finite(values["loss"])
@@ -311,7 +320,10 @@ class _Run:
             yield self.store.heldout.read(start, min(start + HELDOUT_BATCH_ROWS, rows)) * scale
 
     def finish(self) -> Summary:
-        """Fold, judge on all held-out rows, write; the summary last, which makes it complete."""
+        """Fold, judge on all held-out rows, write; the summary last, which makes it complete.
+
+        Then nothing needs the checkpoint any more, which is three times as large as the weights.
+        """
         seconds, waited_s = self._seconds(), self._waited_s()
         self.log.flush()
         sae = self.trainer.sae
@@ -339,6 +351,7 @@ class _Run:
         curve = draw_curve(self.folder.read_metrics(), f"{summary.run} ({config.arch})")
         write_whole(self.folder.path / "curve.png", curve)
         write_json(self.folder.summary_file, asdict(summary))
+        self.folder.remove_checkpoint()
         return summary
 
     def _seconds(self) -> float:
@@ -346,37 +359,6 @@ class _Run:
 
     def _waited_s(self) -> float:
         return self.waited_before_s + self.batches.waited_s
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and Ctrl-C instead of dying at once; a second one is obeyed at once."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may set handlers
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-    for each in before:
-        signal.signal(each, note)
-    try:
-        yield asked
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-def _leave(number: int, run: Path) -> None:
-    """End the process as the signal would have; the checkpoint is written."""
-    print(f"Stopped: {run} goes on from its checkpoint.", file=sys.stderr)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + number)
 
 
 @contextmanager

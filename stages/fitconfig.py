@@ -12,6 +12,7 @@ from .sae import ARCHITECTURES
 from .sae.groups import group_sizes
 
 _TINY = 5e-324  # the smallest number above 0
+_TOO_LARGE = 2**63  # for counts: torch has int64
 DTYPES = ("float32", "tf32", "bfloat16", "float64")
 
 
@@ -103,6 +104,7 @@ class FitConfig:
             ("--d-sae", self.d_sae, 1),
             ("--l0", self.k, 1),
             ("--batch-size", self.batch_size, 1),
+            ("--tokens", self.tokens, 1),
             ("--warmup-steps", self.warmup_steps, 0),
             ("--threshold-start", self.threshold_start, 0),
             ("--dead-after-tokens", self.dead_after_tokens, 1),
@@ -114,6 +116,10 @@ class FitConfig:
         ):
             if value is not None and value < least:
                 raise InputError(f"{flag} must be at least {least}, not {value}.")
+            if value is not None and value >= _TOO_LARGE:
+                raise InputError(f"{flag} must be below 2**63, not {value}.")
+        if not 0 <= self.seed < _TOO_LARGE:
+            raise InputError(f"--seed is {self.seed}, and has to be from 0 to 2**63 - 1.")
         if self.k >= self.d_sae:
             raise InputError(
                 f"--l0 {self.k} must be smaller than --d-sae {self.d_sae}: an SAE that keeps "
@@ -136,7 +142,7 @@ class FitConfig:
         over_0, open_end = "above 0", math.inf
         for flag, value, least, below, range_ in (
             ("--lr", self.lr, _TINY, open_end, over_0),
-            ("--epochs", self.epochs, _TINY, open_end, over_0),
+            ("--epochs", self.epochs, _TINY, 1e18, "above 0 and below 1e18"),
             ("--grad-clip", self.grad_clip, _TINY, open_end, over_0),
             ("--checkpoint-minutes", self.checkpoint_minutes, _TINY, open_end, over_0),
             ("--auxk-coefficient", self.auxk_coefficient, 0, open_end, "0 or more"),

@@ -11,14 +11,15 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..storage.errors import NonFiniteError
-from .backoff import BatchRunner
+from ..storage.errors import InputError, NonFiniteError
+from .backoff import BatchRunner, is_out_of_memory
 from .block_buffer import BlockBuffer
 from .row_map import BlockRows
 
@@ -125,7 +126,7 @@ def fill_block(
         if not block.kept_CT[start:stop].any():
             continue
         length = int(block.lengths_C[start:stop].max())
-        tokens_BT = torch.from_numpy(block.tokens_CT[start:stop, :length].astype(np.int64))
+        tokens_BT = _uploadable(block.tokens_CT[start:stop, :length], runner.model.device)
         kept_BT = block.kept_CT[start:stop, :length]
         for part, activations in runner.run(tokens_BT):
             kept = np.flatnonzero(kept_BT[part])
@@ -133,6 +134,7 @@ def fill_block(
             deliver = _delivery(buffer, block, rows, advance)
             copier.put(_kept_rows(activations, kept), deliver)
             row = rows.stop
+            del activations  # or they would stand beside those of the next batch
         if buffer.wants_note(note_every_s):
             copier.flush()
             buffer.note(stop)
@@ -140,12 +142,28 @@ def fill_block(
     assert row == block.n_rows, f"{row} rows computed, {block.n_rows} planned"
 
 
+def _uploadable(values: NDArray[np.integer[Any]], device: torch.device) -> Tensor:
+    """Whole numbers as int64, in memory that a CUDA device copies from without waiting."""
+    tensor = torch.from_numpy(values.astype(np.int64))
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def _kept_rows(activations: dict[int, Tensor], kept: NDArray[np.int64]) -> dict[int, Tensor]:
     rows = {}
-    for layer, values_BTD in activations.items():
-        where = torch.from_numpy(kept).to(values_BTD.device, non_blocking=True)
-        flat = values_BTD.reshape(-1, values_BTD.shape[-1])
-        rows[layer] = flat.index_select(0, where).to(torch.bfloat16)
+    device = next(iter(activations.values())).device
+    try:
+        where = _uploadable(kept, device).to(device, non_blocking=True)
+        for layer, values_BTD in activations.items():
+            flat = values_BTD.reshape(-1, values_BTD.shape[-1])
+            rows[layer] = flat.index_select(0, where).to(torch.bfloat16)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        contexts = len(next(iter(activations.values())))
+        raise InputError(
+            f"The memory of device {device} is too small for the rows of {contexts} contexts "
+            f"beside the model. Pass --batch-contexts {max(contexts // 2, 1)} with another --out."
+        ) from error
     return rows
 
 
@@ -157,7 +175,7 @@ def _delivery(
     def deliver(parts: dict[int, Tensor], is_finite: dict[int, Tensor]) -> None:
         for layer, rows_RD in parts.items():
             if not bool(is_finite[layer]):
-                raise _non_finite(layer, rows_RD, source_R, block.tokens_CT.shape[1])
+                raise _non_finite(layer, rows_RD, source_R, block)
             buffer.put(layer, places_R, rows_RD.view(torch.uint16).numpy())
         advance(len(places_R))
 
@@ -165,13 +183,13 @@ def _delivery(
 
 
 def _non_finite(
-    layer: int, rows_RD: Tensor, source_R: NDArray[np.int64], context_size: int
+    layer: int, rows_RD: Tensor, source_R: NDArray[np.int64], block: BlockRows
 ) -> NonFiniteError:
     is_bad_R = ~torch.isfinite(rows_RD).all(dim=1)
     first = int(is_bad_R.nonzero()[0, 0])
-    context, position = divmod(int(source_R[first]), context_size)
+    context, position = divmod(int(source_R[first]), block.tokens_CT.shape[1])
     return NonFiniteError(
-        f"The activation of layer {layer} at context {context}, position {position} is NaN or "
-        f"Inf. The model overflows in this number format: pass --dtype "
-        "float32 (or bfloat16 if it was float16). The rows before are kept."
+        f"The activation of layer {layer} at context {context}, position {position} of the "
+        f"{block.split} rows is NaN or Inf: the model overflows in this number format. Pass --dtype "
+        "float32 (or bfloat16 if it was float16) with another --out."
     )

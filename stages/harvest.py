@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..storage import provenance
+from ..storage import open_store, provenance
 from ..storage.builder import StoreBuilder, is_begun
 from ..storage.corpus import Corpus
-from ..storage.errors import InputError, StoreError
-from ..storage.files import remove_leftovers
+from ..storage.errors import InputError
+from ..storage.files import is_leftover, remove_leftovers
+from ..storage.info import sealed_shards
 from ..storage.layout import choose_layout
 from ..storage.lock import sole_writer
 from ..storage.manifest import COMPLETE, MANIFEST, TOKENISING
@@ -29,7 +30,7 @@ from ..storage.writer import SplitWriter
 from .block_buffer import FOLDER as BLOCK_FOLDER
 from .corpus import build_corpus
 from .harvest_config import HarvestConfig, Target, check_same, request_of, targets
-from .harvest_job import HarvestJob, as_json, resolve
+from .harvest_job import HarvestJob, as_json, corpora_beside, resolve
 from .harvest_plan import make_plan
 from .harvest_run import Pass, encode_threads, link_tree, run_passes
 from .hooks import HookedModel
@@ -60,8 +61,12 @@ def harvest(
         todo = []
         for target in wanted:
             if target in builders and builders[target].state == COMPLETE:
-                rows = builders[target].layouts()[0].n_rows
-                say(f"{target.path} is complete: {rows:,} rows of this recipe. Nothing to do.")
+                store = open_store(target.path)  # a shard that has gone is found here
+                assert store.corpus is not None
+                say(
+                    f"{target.path} is complete: {store.n_rows:,} rows of this recipe. "
+                    "Nothing to do."
+                )
             else:
                 todo.append(target)
         if todo:
@@ -91,6 +96,9 @@ def _harvest(
         for line in plan.lines():
             say(line)
         plan.check_disk()
+    for target, builder in builders.items():
+        say(f"{target.path} goes on: {sealed_shards(target.path, builder.manifest)}")
+        _check_batch_contexts(job, target, builder)
     if dry_run:
         return
     _begin(job, todo, builders, locks)
@@ -108,6 +116,14 @@ def _harvest(
         )
 
 
+def _check_batch_contexts(job: HarvestJob, target: Target, builder: StoreBuilder) -> None:
+    """Another batch size may sum in another order, so a begun store keeps its own."""
+    asked = job.config.batch_contexts
+    begun = builder.manifest.get("execution", {}).get("batch_contexts", asked)
+    if asked is not None and asked != begun:
+        check_same(target.path, {"batch_contexts": begun}, {"batch_contexts": asked})
+
+
 # --- stores: begun, given their tokens, laid out ---
 
 
@@ -122,7 +138,7 @@ def _begun(config: HarvestConfig, wanted: list[Target], locks: ExitStack) -> Bui
         if builder.state != COMPLETE:
             locks.enter_context(sole_writer(target.path, "Store"))
             builder = StoreBuilder.resume(target.path)  # as it is now that nobody else writes
-            remove_leftovers(target.path)
+            remove_leftovers(target.path, deep=True)
         if "request" not in builder.manifest:
             raise InputError(
                 f"Store {target.path} was not made by a harvest, so it cannot be gone on with. "
@@ -136,8 +152,10 @@ def _begun(config: HarvestConfig, wanted: list[Target], locks: ExitStack) -> Bui
 def _check_free_place(path: Path) -> None:
     """InputError when something that is not ours stands where the store shall be."""
     ours = {".lock", "corpus.building", "tokenizer.json"}
-    if path.is_dir() and {entry.name for entry in path.iterdir()} <= ours:
-        return
+    if path.is_dir():
+        names = {entry.name for entry in path.iterdir()}
+        if all(name in ours or is_leftover(name) for name in names):
+            return
     if path.exists():
         raise InputError(
             f"{path} exists and is not an activation store. Pass another --out, or move it away."
@@ -155,6 +173,7 @@ def _begin(job: HarvestJob, todo: list[Target], builders: Builders, locks: ExitS
     for target in todo:
         if target not in builders:
             locks.enter_context(sole_writer(target.path, "Store"))
+            remove_leftovers(target.path, deep=False)
             if is_begun(target.path):
                 raise InputError(
                     f"Store {target.path} was begun by another process just now. "
@@ -222,17 +241,9 @@ def _about_text(corpus: Corpus) -> str:
 
 def _corpus_beside(job: HarvestJob, builders: Builders) -> Path | None:
     """A finished corpus of the same recipe, in these stores or in others of the same folder."""
-    folders = dict.fromkeys(target.path.absolute().parent for target in builders)
-    beside = [
-        found.parent for folder in folders for found in sorted(folder.glob("*/corpus/*.json"))
-    ]
-    for path in beside:
-        try:
-            corpus = Corpus(path)
-        except StoreError:
-            continue  # damaged: not ours to judge here, and of no use
+    for corpus in corpora_beside(target.path for target in builders):
         if as_json(corpus.info["recipe"]) == job.corpus_recipe:
-            return path
+            return corpus.path
     return None
 
 
@@ -327,11 +338,24 @@ def _passes(
         train_writer, heldout_writer = writers[target]
         for group, key, label, rows, layout, writer in (
             (heldout, None, "heldout", of_heldout, heldout_layout, heldout_writer),
-            (training, target.mask_p, "train", of_train, train_layout, train_writer),
+            (
+                training,
+                target.mask_p,
+                f"train-p{target.mask_p}",
+                of_train,
+                train_layout,
+                train_writer,
+            ),
         ):
             job_pass = group.setdefault(
                 (key, layout, contexts),
-                Pass(label=label, rows=rows, layout=layout, batch_contexts=contexts, writers={}),
+                Pass(
+                    label=f"{label}-{len(group)}",
+                    rows=rows,
+                    layout=layout,
+                    batch_contexts=contexts,
+                    writers={},
+                ),
             )
             job_pass.writers.setdefault(target.layer, []).append(writer)
     return [*heldout.values(), *training.values()]

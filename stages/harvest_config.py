@@ -66,6 +66,8 @@ class HarvestConfig:
             raise InputError(
                 "With --mask-p 1 and --drop-masked no row is left. Leave one of them out."
             )
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed is {self.seed}, and has to be from 0 to 2**63 - 1.")
         for flag, value in (
             ("--tokens", self.tokens),
             ("--batch-contexts", self.batch_contexts),
@@ -98,9 +100,11 @@ def targets(config: HarvestConfig) -> list[Target]:
     ratios = tuple(dict.fromkeys(config.mask_p))
     if len(layers) * len(ratios) == 1:
         return [Target(config.out, layers[0], ratios[0])]
-    stem = config.out.name.removesuffix(".zarr")
+    # Resolved, because `.` and `..` have no name to put a layer behind.
+    out = config.out if config.out.name else config.out.resolve()
+    stem = out.name.removesuffix(".zarr")
     return [
-        Target(config.out.with_name(f"{stem}-layer{layer}-p{_short(ratio)}.zarr"), layer, ratio)
+        Target(out.with_name(f"{stem}-layer{layer}-p{_short(ratio)}.zarr"), layer, ratio)
         for ratio in ratios
         for layer in layers
     ]

@@ -5,14 +5,15 @@ begun pins its revisions: a branch that has moved since then changes nothing.
 """
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..storage.corpus import CORPUS_JSON
-from ..storage.errors import InputError
+from ..storage.corpus import CORPUS_JSON, Corpus
+from ..storage.errors import InputError, StoreError
 from .corpus import CorpusConfig, corpus_recipe
 from .devices import pick_device, pick_dtype
 from .harvest_config import (
@@ -24,7 +25,9 @@ from .harvest_config import (
 )
 from .masking import MaskConfig
 from .models import ModelInfo, check_layer, inspect_model
-from .sources import TextConfig, TextSource, open_text
+from .sources import DEFAULT_COLUMN, DEFAULT_SPLIT, TextConfig, TextSource, open_text
+from .sources.files import looks_local
+from .sources.recipes import apply_recipe
 from .tokens import TextTokenizer
 
 # Only to tell a small text from a large one before it is read.
@@ -36,7 +39,7 @@ _UNPACKED = {".gz": 3.0, ".zst": 3.0, ".parquet": 2.0}
 class HarvestJob:
     """A harvest with everything resolved.
 
-    source: None when the tokens are there already, so that no text is needed;
+    source: None when the tokens are there already, in corpus_at, so that no text is needed;
     corpus_recipe: what the token corpus is made from.
     """
 
@@ -47,6 +50,7 @@ class HarvestJob:
     tokenizer: TextTokenizer
     mask_id: int
     source: TextSource | None
+    corpus_at: Path | None
     corpus: CorpusConfig
     corpus_recipe: dict[str, Any]
 
@@ -99,13 +103,13 @@ def resolve(config: HarvestConfig, begun: dict[Path, dict[str, Any]]) -> Harvest
     device = pick_device(config.device)
     tokenizer = TextTokenizer.load(info.source, info.commit)
     mask_id = tokenizer.mask_id(config.mask_string)
-    has_corpus = any((path / "corpus" / CORPUS_JSON).is_file() for path in begun)
-    if recipe is not None and has_corpus:
-        source, made_from = None, recipe["corpus"]
+    source = None
+    corpus_at, made_from = _finished_corpus(config, context_size, tokenizer, begun)
+    if corpus_at is not None:
         corpus = CorpusConfig(**made_from["config"])
     else:
         source = open_text(_pinned_text(config.text, recipe))
-        corpus = _corpus_config(config, context_size, source)
+        corpus = _corpus_config(config, context_size, estimated_tokens(source))
         made_from = as_json(corpus_recipe(corpus, source, tokenizer))
     return HarvestJob(
         config=config,
@@ -115,6 +119,7 @@ def resolve(config: HarvestConfig, begun: dict[Path, dict[str, Any]]) -> Harvest
         tokenizer=tokenizer,
         mask_id=mask_id,
         source=source,
+        corpus_at=corpus_at,
         corpus=corpus,
         corpus_recipe=made_from,
     )
@@ -144,9 +149,63 @@ def _context_size(config: HarvestConfig, info: ModelInfo) -> int:
     return config.context_size
 
 
-def _corpus_config(config: HarvestConfig, context_size: int, source: TextSource) -> CorpusConfig:
+def corpora_beside(paths: Iterable[Path]) -> Iterator[Corpus]:
+    """The finished corpora of all stores in the folders that these stores are in."""
+    for folder in dict.fromkeys(path.absolute().parent for path in paths):
+        for found in sorted(folder.glob(f"*/corpus/{CORPUS_JSON}")):
+            try:
+                yield Corpus(found.parent)
+            except StoreError:
+                continue  # damaged: not ours to judge here, and of no use
+
+
+def _finished_corpus(
+    config: HarvestConfig,
+    context_size: int,
+    tokenizer: TextTokenizer,
+    begun: dict[Path, dict[str, Any]],
+) -> tuple[Path | None, dict[str, Any]]:
+    """A corpus that makes opening the text needless, and its recipe: one of the begun stores, or
+    one beside them of the same Hub dataset. Local text is opened all the same: it may have changed.
+    """
+    for path, manifest in begun.items():
+        if (path / "corpus" / CORPUS_JSON).is_file():
+            return path / "corpus", manifest["recipe"]["corpus"]
+    if begun or looks_local(config.text.dataset):
+        return None, {}
+    wanted = as_json(asdict(_corpus_config(config, context_size, None)))
+    for corpus in corpora_beside([config.out]):
+        recipe = corpus.info["recipe"]
+        is_same = (
+            recipe["config"] == wanted
+            and recipe["tokenizer"]["fingerprint"] == tokenizer.fingerprint
+            and _is_of(config.text, recipe["source"])
+        )
+        if is_same:
+            return corpus.path, recipe
+    return None, {}
+
+
+def _is_of(asked: TextConfig, source: dict[str, Any]) -> bool:
+    """Whether a corpus was made of the Hub dataset asked for; any commit, unless one was named."""
+    if source["kind"] != "hub":
+        return False
+    text, part = apply_recipe(asked), source["parts"][0]
+    name = part["dataset"] if part["subset"] is None else f"{part['dataset']}:{part['subset']}"
+    return (
+        name == text.dataset
+        and part["split"] == (text.split or DEFAULT_SPLIT)
+        and source["text_column"] == (text.text_column or DEFAULT_COLUMN)
+        and source["filter"] == (text.filter or None)
+        and asked.revision in (None, part["revision"])
+    )
+
+
+def _corpus_config(
+    config: HarvestConfig, context_size: int, text_tokens: int | None
+) -> CorpusConfig:
+    """text_tokens: roughly how many local text holds; None for a dataset of the Hub."""
     tokens, heldout = config.tokens, config.heldout_tokens
-    text_tokens = estimated_tokens(source)
     if tokens is None and (text_tokens is None or text_tokens > 1.5 * DEFAULT_TOKENS):
         tokens = DEFAULT_TOKENS
     if heldout is None:

@@ -26,7 +26,7 @@ def make_plan(
     batch_contexts = job.config.batch_contexts
     if batch_contexts is None:
         batch_contexts = find_batch_size(model, job.corpus.context_size)
-    sample = _sample(job, new, min(batch_contexts, _SAMPLE_CONTEXTS))
+    sample = _sample(job, min(batch_contexts, _SAMPLE_CONTEXTS))
     rates = measure(model, sample, job.config)
     layers = {target.layer for target in new}
     rows = job.config.tokens or job.corpus.train_rows or _rows_of_text(job)
@@ -78,12 +78,11 @@ def _rows_of_text(job: HarvestJob) -> int:
     return max(estimated_tokens(job.source) or 0, 1)
 
 
-def _sample(job: HarvestJob, new: list[Target], contexts: int) -> NDArray[np.uint32]:
+def _sample(job: HarvestJob, contexts: int) -> NDArray[np.uint32]:
     """The first contexts of the text, repeated if the text is shorter: (contexts, context_size)."""
     size = job.corpus.context_size
-    if job.source is None:
-        store = next(t.path for t in new if (t.path / "corpus").is_dir())
-        table = Corpus(store / "corpus").train
+    if job.corpus_at is not None:
+        table = Corpus(job.corpus_at).train
         tokens = table.tokens(0, min(contexts, table.n_contexts)).reshape(-1)
     else:
         tokens = _first_tokens(job, contexts * size)

@@ -7,9 +7,10 @@ resuming.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from .block_buffer import BlockBuffer
 from .forward import HostCopier, fill_block
 from .hooks import HookedModel
 from .row_map import BlockRows, RowMap
+
+_SEALING_THREADS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +71,35 @@ class BlockPipeline:
         self._model, self._note_every_s, self._advance = model, note_every_s, advance
         self._tokens_per_s = tokens_per_s
         self._copier = HostCopier(model.device)
+        self._planning = ThreadPoolExecutor(1, thread_name_prefix="plan")
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="write")
+        # While one shard is hashed, written and synced, the encoding threads work for the next.
+        self._sealing = ThreadPoolExecutor(_SEALING_THREADS, thread_name_prefix="seal")
+        self._runners: dict[str, BatchRunner] = {}
         self._behind: Future[None] | None = None
         self._spare: list[dict[int, Bits]] = []
 
-    def run(self, job: Pass, block: int) -> None:
+    def run_all(self, tasks: Sequence[tuple[Pass, int]]) -> None:
+        """Fill the blocks in order; what is to be in the next one is worked out meanwhile."""
+        plans = [partial(job.rows.block, job.layout, block) for job, block in tasks]
+        ahead = self._planning.submit(plans[0]) if plans else None
+        for number, (job, block) in enumerate(tasks):
+            assert ahead is not None
+            rows = ahead.result()
+            if number + 1 < len(plans):
+                ahead = self._planning.submit(plans[number + 1])
+            self._run(job, block, rows)
+        self.wait()
+
+    def _run(self, job: Pass, block: int, rows: BlockRows) -> None:
         """Fill one block and hand it over to be written."""
-        missing = job.missing(block)
-        if not missing:
-            return
-        rows = job.rows.block(job.layout, block)
         buffer = self._buffer(job, block, rows)
-        layers = tuple(sorted(job.writers))
+        if job.label not in self._runners:
+            model = replace(self._model, layers=tuple(sorted(job.writers)))
+            # One for all blocks: a batch that had to be halved stays halved.
+            self._runners[job.label] = BatchRunner(model, job.batch_contexts)
         fill_block(
-            BatchRunner(replace(self._model, layers=layers), job.batch_contexts),
+            self._runners[job.label],
             rows,
             buffer,
             batch_contexts=job.batch_contexts,
@@ -90,7 +108,7 @@ class BlockPipeline:
             advance=self._advance,
         )
         self.wait()
-        self._behind = self._writing.submit(self._write, job, rows, buffer, missing)
+        self._behind = self._writing.submit(self._write, job, rows, buffer, job.missing(block))
 
     def _buffer(self, job: Pass, block: int, rows: BlockRows) -> BlockBuffer:
         d_model = self._model.d_model
@@ -107,12 +125,17 @@ class BlockPipeline:
 
     def _write(self, job: Pass, rows: BlockRows, buffer: BlockBuffer, missing: set[int]) -> None:
         source_R, masked_R = rows.stored(rows.source_R), rows.stored(rows.masked_R)
+        jobs: list[Future[None]] = []
         for layer, writers in job.writers.items():
             for writer in writers:
                 for shard in sorted(missing - writer.committed):
                     first, last = job.layout.rows_of_shard(shard)
                     part = slice(first - rows.first_row, last - rows.first_row)
-                    writer.write(shard, buffer.values[layer][part], source_R[part], masked_R[part])
+                    bits = buffer.values[layer][part]
+                    shard_of = (shard, bits, source_R[part], masked_R[part])
+                    jobs.append(self._sealing.submit(writer.write, *shard_of))
+        for sealed in jobs:
+            sealed.result()
         if not buffer.is_on_disk:
             self._spare.append(buffer.values)
         buffer.discard()
@@ -126,7 +149,8 @@ class BlockPipeline:
     def close(self) -> None:
         """End the threads."""
         self._copier.close()
-        self._writing.shutdown(wait=True)
+        for pool in (self._planning, self._writing, self._sealing):
+            pool.shutdown(wait=True)
 
 
 def run_passes(
@@ -145,11 +169,15 @@ def run_passes(
         model, note_every_s=note_every_s, tokens_per_s=tokens_per_s, advance=bar.update
     )
     try:
-        for block in range(max((job.layout.n_blocks for job in passes), default=0)):
-            for job in passes:
-                if block < job.layout.n_blocks:
-                    pipeline.run(job, block)
-        pipeline.wait()
+        blocks = range(max((job.layout.n_blocks for job in passes), default=0))
+        pipeline.run_all(
+            [
+                (job, block)
+                for block in blocks
+                for job in passes
+                if block < job.layout.n_blocks and job.missing(block)
+            ]
+        )
     finally:
         pipeline.close()
 
@@ -176,3 +204,5 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another disk, or a file system without links
         shutil.copy2(source, target)
+        with open(target, "rb") as copied:
+            os.fsync(copied.fileno())

@@ -54,14 +54,19 @@ def top_activations(
 
     latents: which; None takes `count` of them spread over those that fire, by density. max_rows:
     held-out rows to look at (None: all); around: tokens shown on each side. Raises InputError when
-    store and SAE do not fit or a latent does not exist.
+    store and SAE do not fit, a latent does not exist, or nothing is asked for.
     """
+    for flag, value in (("--count", count), ("--examples", examples), ("--rows", max_rows)):
+        if value is not None and value < 1:
+            raise InputError(f"{flag} must be at least 1, not {value}.")
     if sae.d_in != store.d_in:
         raise InputError(
             f"Store {store.path} has d_in={store.d_in}, but the SAE expects {sae.d_in}. "
             "Pass the store that it was fitted from."
         )
-    n_rows = min(store.heldout.n_rows, max_rows or store.heldout.n_rows)
+    n_rows = store.heldout.n_rows
+    if max_rows is not None:
+        n_rows = min(n_rows, max_rows)
     if n_rows == 0:
         raise InputError(
             f"Store {store.path} has no held-out rows to look at. "

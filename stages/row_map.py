@@ -53,11 +53,12 @@ class KeepRule:
 class BlockRows:
     """The rows of one block before any of them is computed.
 
-    tokens_CT: what the model is given (masked); lengths_C; kept_CT: positions that are rows of this
+    split: its name for messages; tokens_CT: what the model is given (masked); lengths_C; kept_CT: positions that are rows of this
     block; places_R: row j (in text order) is stored at first_row + places_R[j]; source_R and
     masked_R: of row j, in text order.
     """
 
+    split: str
     first_row: int
     first_context: int
     tokens_CT: NDArray[np.uint32]
@@ -154,6 +155,7 @@ class RowMap:
             places_R = permutation(stream_key(self._shuffle_seed, "rows", block), n_rows)
         context_C, position_C = np.nonzero(kept_CT)
         return BlockRows(
+            split={"train": "training", "heldout": "held-out"}[self.table.split],
             first_row=first,
             first_context=begin,
             tokens_CT=masked_tokens_CT,

@@ -2,7 +2,7 @@
 
     config.json          the recipe with everything resolved, the store's digest, the SAE's shape
     metrics.jsonl        one JSON object a line, each step at most once, in order
-    checkpoint/          checkpoint.json names the newest state-STEP.safetensors
+    checkpoint/          checkpoint.json names the newest state-STEP.safetensors; gone at the end
     sae.safetensors      the weights, on raw activations
     curve.png            the training curves
     summary.json         written last: a run that has one is complete
@@ -11,10 +11,12 @@ Every file but metrics.jsonl is written whole or not at all; of metrics.jsonl a 
 the lines up to its checkpoint.
 """
 
+import itertools
 import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +25,67 @@ from torch import Tensor
 
 from ..storage import provenance
 from ..storage.errors import InputError, StoreError
-from ..storage.files import disk_error, write_json, write_whole
-from .sae.weights import FORMAT, FORMAT_VERSION, read_config, read_safetensors
+from ..storage.files import disk_error, is_leftover, remove_leftovers, write_json, write_whole
+from .sae.weights import (
+    FORMAT,
+    FORMAT_VERSION,
+    is_run_config,
+    load_config,
+    read_config,
+    read_safetensors,
+)
 
 Line = dict[str, Any]
 
 
 class RunFolder:
-    """Reads and writes a run folder. The caller holds its lock (`storage.lock.sole_writer`)."""
+    """Reads and writes a run folder. Who writes holds its lock (`storage.lock.sole_writer`)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config_file = path / "config.json"
         self.metrics_file = path / "metrics.jsonl"
         self.summary_file = path / "summary.json"
         self.checkpoint_folder = path / "checkpoint"
 
-    def begin(self, recipe: dict[str, Any], details: dict[str, Any]) -> None:
-        """Write config.json, or check that the one there has the same recipe.
+    def check_place(self) -> None:
+        """InputError when something that is not a run of ours stands there; touches nothing.
 
-        recipe: what decides the weights, compared; details: the rest, recorded only. Raises
-        InputError that shows the difference, and StoreError when the folder is damaged.
+        StoreError when it is a run, but a damaged one.
         """
-        recipe = json.loads(json.dumps(recipe))  # tuples become lists, as they come back
-        if (self.path / "config.json").is_file():
-            self._check_same(read_config(self.path).get("recipe"), recipe)
+        try:
+            if self.config_file.is_file():
+                is_ours = is_run_config(load_config(self.path))
+            elif self.path.is_dir():
+                # What a fit leaves that was killed before it had a config.json.
+                is_ours = all(
+                    entry.name == ".lock" or self._is_first_leftover(entry.name)
+                    for entry in self.path.iterdir()
+                )
+            else:
+                is_ours = not self.path.exists()
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        if not is_ours:
+            raise InputError(
+                f"{self.path} exists and is not a run of sae-pipe. "
+                "Pass another --out, or move it away."
+            )
+
+    def _is_first_leftover(self, name: str) -> bool:
+        return is_leftover(name) and name.startswith(f".{self.config_file.name}.")
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left. The caller knows that the folder is a run of ours."""
+        remove_leftovers(self.path, deep=False)
+        remove_leftovers(self.checkpoint_folder, deep=False)
+
+    def begin(self, recipe: dict[str, Any], details: dict[str, Any]) -> None:
+        """Write config.json, unless it is there, which `check_same` has looked at.
+
+        recipe: what decides the weights, compared; details: the rest, recorded only.
+        """
+        if self.config_file.is_file():
             return
         config = {
             "format": FORMAT,
@@ -60,9 +99,17 @@ class RunFolder:
                 "hardware": provenance.hardware(),
             },
         }
-        write_json(self.path / "config.json", config)
+        write_json(self.config_file, config)
 
-    def _check_same(self, found: Any, wanted: dict[str, Any]) -> None:
+    def check_same(self, recipe: dict[str, Any]) -> None:
+        """InputError that shows the difference when config.json is there with another recipe.
+
+        StoreError when it is damaged.
+        """
+        if not self.config_file.is_file():
+            return
+        wanted = json.loads(json.dumps(recipe))  # tuples become lists, as they come back
+        found = read_config(self.path).get("recipe")
         found = found if isinstance(found, dict) else {}
         differing = [
             f"{name}={found.get(name)!r} there and {wanted.get(name)!r} here"
@@ -102,8 +149,16 @@ class RunFolder:
         progress = dict(_load_json(file))
         return read_safetensors(self.checkpoint_folder / str(progress.get("state"))), progress
 
+    def remove_checkpoint(self) -> None:
+        """Free the space of a complete run's checkpoint; nothing is lost if that fails."""
+        with suppress(OSError):
+            for file in self.checkpoint_folder.glob("state-*.safetensors"):
+                file.unlink()
+            (self.checkpoint_folder / "checkpoint.json").unlink(missing_ok=True)
+            self.checkpoint_folder.rmdir()
+
     def truncate_metrics(self, step: int) -> None:
-        """Drop the lines after a step, and one that a crash cut off."""
+        """Drop the lines after a step, and what a crash or a power cut left at the end."""
         if self.metrics_file.is_file():
             kept = [line for line in self.read_metrics() if line["step"] <= step]
             write_whole(self.metrics_file, b"".join(_as_line(line) for line in kept))
@@ -124,11 +179,15 @@ class RunFolder:
             raise disk_error(error, self.metrics_file) from error
 
     def read_metrics(self) -> list[Line]:
-        """All whole lines."""
+        """All lines up to the first that is not whole.
+
+        A kill cuts the last one off. A power cut may leave anything, zeros among them, in place of
+        what was written after the last checkpoint.
+        """
         if not self.metrics_file.is_file():
             return []
-        raw = self.metrics_file.read_bytes()
-        return [json.loads(line) for line in raw[: raw.rfind(b"\n") + 1].splitlines()]
+        *whole, _ = self.metrics_file.read_bytes().split(b"\n")
+        return list(itertools.takewhile(_is_whole, map(_parse, whole)))
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,6 +196,17 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()
     }
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_whole(line: Any) -> bool:
+    return isinstance(line, dict) and type(line.get("step")) is int
 
 
 def _as_line(line: Line) -> bytes:

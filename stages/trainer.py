@@ -159,7 +159,9 @@ class Trainer:
         """Take up another trainer's state. Raises InputError when names or shapes differ."""
         expected = self.state_dict()
         _check_alike(state, expected)
-        saved = {name: value.to(self.device) for name, value in state.items()}
+        # lr is float64, which MPS cannot hold, and it and the counts are read on the host anyway.
+        of_host = ("updates", "k", "lr")
+        saved = {n: value.to(self.device) for n, value in state.items() if n not in of_host}
         self.sae.load_state_dict({n[4:]: v for n, v in saved.items() if n.startswith("sae.")})
         self.updates = int(state["updates"])
         self.sae.train_k = int(state["k"])

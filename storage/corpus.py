@@ -27,6 +27,7 @@ from .files import file_digest, json_digest
 
 CORPUS_JSON = "corpus.json"
 CORPUS_FORMAT = 1
+INFO_LIMIT_BYTES = 1 << 28
 SPLITS = ("train", "heldout")
 
 
@@ -164,9 +165,11 @@ def _read_info(path: Path) -> dict[str, Any]:
             "Pass the `corpus` folder of a store that `sae-pipe harvest` wrote."
         )
     try:
+        if file.stat().st_size > INFO_LIMIT_BYTES:
+            raise ValueError("too large")
         info: Any = json.loads(file.read_bytes())
         version = info["format"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise _damaged(path, f"{CORPUS_JSON} is not the JSON that was written") from None
     if isinstance(version, int) and version > CORPUS_FORMAT:
         raise StoreError(

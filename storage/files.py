@@ -4,10 +4,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from .errors import DiskError
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -40,13 +43,20 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
         raise disk_error(error, path) from error
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left below a folder: temporary files that were never renamed.
+def is_leftover(name: str) -> bool:
+    """Whether a file has a name that `write_whole` gives to a file it has not finished."""
+    return _TEMPORARY.fullmatch(name) is not None
 
-    The caller holds the folder's lock, so that none of them belongs to a living writer.
+
+def remove_leftovers(folder: Path, *, deep: bool) -> None:
+    """Remove what killed writers left in a folder of ours: files that were never renamed.
+
+    deep: also below it. The caller holds the folder's lock, so that none of them belongs to a
+    living writer, and knows that the folder is ours.
     """
-    for file in folder.rglob(".*.tmp"):
-        file.unlink(missing_ok=True)
+    for file in folder.rglob(".*.tmp") if deep else folder.glob(".*.tmp"):
+        if is_leftover(file.name):
+            file.unlink(missing_ok=True)
 
 
 def disk_error(error: OSError, path: Path) -> DiskError:

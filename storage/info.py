@@ -28,20 +28,26 @@ def describe(path: Path, manifest: Manifest) -> list[tuple[str, str]]:
             ("made", _made(manifest)),
             ("digest", str(manifest.get("digest", "-"))),
         ]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise StoreError(
-            f"The manifest of {path} is damaged: it lacks {error}. "
+            f"The manifest of {path} is damaged: it lacks what every store has, or has it in another "
+            f"form ({error}). "
             "Fetch or harvest the store again."
         ) from error
 
 
 def _state(path: Path, manifest: Manifest) -> str:
     state = str(manifest["state"])
-    if state in (COMPLETE, TOKENISING):
-        return state
+    return state if state == COMPLETE else f"{state}: {sealed_shards(path, manifest)}"
+
+
+def sealed_shards(path: Path, manifest: Manifest) -> str:
+    """How far an unfinished store is."""
+    if manifest["state"] == TOKENISING:
+        return "its tokens are being made"
     layout = layout_of(manifest["train"], path)
     sealed = len(list((path / COMMITS / "train").glob("[0-9]*.json")))
-    return f"{state}: {sealed} of {layout.n_shards} shards are sealed"
+    return f"{sealed:,} of {layout.n_shards:,} shards are sealed"
 
 
 def _recipe(recipe: dict[str, Any]) -> list[tuple[str, str]]:

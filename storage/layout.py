@@ -12,6 +12,7 @@ VALUE_BYTES = 2  # bfloat16
 CONTAINER_BYTES = 4  # float32
 CHUNK_BYTES = 4 << 20  # of the container: decoded in cache, 1024 rows at d_in 768
 SHARD_BYTES = 256 << 20  # of raw bfloat16: 131,072 rows at d_in 768
+MAX_CHUNK_BYTES = 1 << 28  # a reader allocates one of these a thread before it sees data
 MIN_SHARDS = (
     8  # small stores keep several shards, so that the reader can mix and a crash costs little
 )
@@ -34,6 +35,8 @@ class Layout:
         sizes = (self.n_rows, self.d_in, self.chunk_rows, self.shard_rows, self.block_rows)
         if any(type(size) is not int or size < 0 for size in sizes) or 0 in sizes[1:]:
             raise InputError(f"A layout needs positive whole sizes, found {sizes}.")
+        if self.chunk_rows * self.d_in * CONTAINER_BYTES > MAX_CHUNK_BYTES or self.n_rows > 2**48:
+            raise InputError(f"A layout of {sizes} is larger than any that is written.")
         if self.shard_rows % self.chunk_rows or self.block_rows % self.shard_rows:
             raise InputError(
                 f"Chunk rows {self.chunk_rows} must divide shard rows {self.shard_rows}, and these "

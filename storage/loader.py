@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,13 +70,26 @@ class BatchLoader:
         self._across: Bits = np.empty((batch_size, reader.d_in), np.uint16)
         self._planned = self._plan()
         self._ahead = self._fill()
+        self._served = self._serve()
+
+    def __iter__(self) -> Iterator[Bits]:
+        return self
+
+    def __next__(self) -> Bits:
+        return next(self._served)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def buffer_bytes(self) -> int:
         """Memory held: two windows and one batch."""
         return 2 * self._spare[0].nbytes + self._across.nbytes if self._spare else 0
 
-    def __iter__(self) -> Iterator[Bits]:
+    def _serve(self) -> Iterator[Bits]:
         served: Bits = np.empty((0, self._reader.d_in), np.uint16)
         place = self._row % self._reader.n_rows - self._ahead.window.first_row
         current = None

@@ -9,6 +9,7 @@ Every chunk's crc32c is checked; a damaged one is an error that names the shard.
 
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ from .layout import Layout
 from .shard import CRC_BYTES, checked_frame, index_bytes, parse_index
 
 _OPEN_FILES = 256
+
+# A slice, row numbers, or one boolean for each row.
+RowIndex = slice | NDArray[np.integer[Any]] | NDArray[np.bool_] | list[int]
 
 
 class SplitReader:
@@ -44,13 +48,16 @@ class SplitReader:
         self._root, self._folder = root, root / split if split else root
         self._shards = shards
         self._files: OrderedDict[int, int] = OrderedDict()
+        weakref.finalize(
+            self, _close_all, self._files
+        )  # plain descriptors close nothing themselves
         self._indices: dict[int, NDArray[np.uint64]] = {}
         self._lock = threading.Lock()
         self._scratch = threading.local()
 
     # --- rows ---
 
-    def read(self, rows: slice | NDArray[np.integer[Any]] | list[int]) -> Floats:
+    def read(self, rows: RowIndex) -> Floats:
         """Rows as float32 (R, D), in the order asked for.
 
         rows: a slice or whole numbers in [0, n_rows). Raises InputError for rows outside the store
@@ -69,18 +76,26 @@ class SplitReader:
             out[places] = values[wanted[places] - chunk * self.layout.chunk_rows]
         return out
 
-    def read_source(self, rows: slice | NDArray[np.integer[Any]] | list[int]) -> NDArray[np.int64]:
+    def read_source(self, rows: RowIndex) -> NDArray[np.int64]:
         """context * context_size + position of each row, int64 (R,)."""
         return self._read_plain("source", rows, np.dtype("<i8")).astype(np.int64)
 
-    def read_masked(self, rows: slice | NDArray[np.integer[Any]] | list[int]) -> NDArray[np.bool_]:
+    def read_masked(self, rows: RowIndex) -> NDArray[np.bool_]:
         """Whether each row's token was replaced by the mask token, bool (R,)."""
         return self._read_plain("masked", rows, np.dtype("u1")).astype(np.bool_)
 
-    def _wanted(self, rows: slice | NDArray[np.integer[Any]] | list[int]) -> NDArray[np.int64]:
+    def _wanted(self, rows: RowIndex) -> NDArray[np.int64]:
         if isinstance(rows, slice):
             return np.arange(*rows.indices(self.n_rows), dtype=np.int64)
-        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        given = np.asarray(rows)
+        if given.dtype == np.bool_ and given.shape == (self.n_rows,):
+            return np.flatnonzero(given)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise InputError(
+                f"Rows are a slice, a list of whole numbers, or {self.n_rows} booleans; found "
+                f"{given.dtype} of shape {given.shape}."
+            )
+        wanted = given.astype(np.int64)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.n_rows):
             raise InputError(
                 f"Rows {wanted.min()} to {wanted.max()} were asked for, and the store has rows "
@@ -208,5 +223,9 @@ class SplitReader:
     def close(self) -> None:
         """Close the files; reading again opens them again."""
         with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+            _close_all(self._files)
+
+
+def _close_all(files: OrderedDict[int, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])

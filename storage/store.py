@@ -10,13 +10,11 @@ from numpy.typing import NDArray
 from .codecs import get_codec
 from .codecs.base import Floats
 from .corpus import Corpus
-from .errors import InputError, StoreError
+from .errors import StoreError
 from .loader import BatchLoader
 from .manifest import COMPLETE, Manifest, layout_of, read_manifest
-from .rows import SplitReader
+from .rows import RowIndex, SplitReader
 from .shard import CRC_BYTES, checked_frame
-
-RowIndex = slice | NDArray[np.integer[Any]] | list[int]
 
 
 class HeldOut:
@@ -33,6 +31,18 @@ class HeldOut:
     def source(self, start: int, stop: int) -> NDArray[np.int64]:
         """context * context_size + position in the corpus's held-out table, int64."""
         return self._reader.read_source(slice(start, stop))
+
+
+def _check_record(record: Any, arrays: set[str]) -> None:
+    """ValueError or TypeError unless a shard's record has the form that readers rely on."""
+    files = record["files"]
+    if set(files) != arrays:
+        raise ValueError(f"a shard has the arrays {', '.join(sorted(files))}")
+    for entry in files.values():
+        if type(entry["bytes"]) is not int or entry["bytes"] < 1:
+            raise ValueError(f"a shard has {entry['bytes']!r} bytes")
+        if not isinstance(entry["sha256"], str):
+            raise TypeError("a shard has no SHA-256")
 
 
 class ActivationStore:
@@ -52,7 +62,7 @@ class ActivationStore:
             self.digest = str(manifest["digest"])
             self.recipe: dict[str, Any] = manifest["recipe"]
             self.mean_squared_norm = float(manifest["statistics"]["mean_squared_norm"])
-        except (KeyError, TypeError, InputError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
                 f"The manifest of {path} is damaged or names what this sae-pipe does not know "
                 f"({error}). Fetch or harvest the store again."
@@ -62,6 +72,9 @@ class ActivationStore:
     def _reader(self, split: str, folder: str) -> SplitReader:
         entry = self.manifest[split]
         layout = layout_of(entry, self.path)
+        arrays = {"activations", "source"} | ({"masked"} if split == "train" else set())
+        for shard in entry["shards"]:
+            _check_record(shard, arrays)
         reader = SplitReader(self.path, folder, layout, entry["shards"], self._codec)
         if len(entry["shards"]) != layout.n_shards:
             raise StoreError(
@@ -74,7 +87,7 @@ class ActivationStore:
     def read(self, rows: RowIndex) -> Floats:
         """Training rows as float32 (len(rows), d_in), in the order asked for.
 
-        rows: a slice, or whole numbers in [0, n_rows). Raises InputError for rows that are not
+        rows: a slice, whole numbers in [0, n_rows), or n_rows booleans. Raises InputError for rows that are not
         there and StoreError, naming the shard, for damaged data.
         """
         return self._train.read(rows)
@@ -144,7 +157,7 @@ class ActivationStore:
         shards = [(path, digest) for reader in readers for _, path, digest in reader.files()]
         others = [
             (self.path / name, str(entry["sha256"]))
-            for name, entry in self.manifest["files"].items()
+            for name, entry in self.manifest.get("files", {}).items()
         ]
         return [*others, *shards]
 

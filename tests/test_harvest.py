@@ -1,6 +1,8 @@
 """Harvest end to end on a tiny random model: right rows, each once, whatever interrupts it."""
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from numpy.typing import NDArray
 from sae_pipe.stages.batches import TorchBatches
 from sae_pipe.stages.harvest import harvest
 from sae_pipe.stages.masking import MaskConfig, mask_tokens
-from sae_pipe.storage import open_store
+from sae_pipe.stages.sources import TextConfig
+from sae_pipe.storage import NetworkError, open_store
 from sae_pipe.storage.codecs.base import round_to_bfloat16
+from sae_pipe.storage.corpus import corpus_digest
 
 from .harvesting import CONTEXT, config_for, quiet
 
@@ -165,6 +169,32 @@ def test_a_store_of_the_same_text_beside_it_lends_its_tokens(
     assert f"tokens    those of {tmp_path / 'a.zarr'}, which has the same text" in said
     lent, own = (tmp_path / name / "corpus/train/tokens/c/0/0" for name in ("a.zarr", "b.zarr"))
     assert lent.stat().st_ino == own.stat().st_ino  # linked, not copied
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_another_ratio_of_a_hub_dataset_needs_no_network_beside_its_tokens(
+    lm: Path, text: Path, tmp_path: Path
+) -> None:
+    first = quiet(config_for(lm, text, tmp_path / "a.zarr"))[0]
+    file = first / "corpus/corpus.json"
+    info = json.loads(file.read_text())
+    # As if the text had come from the Hub, at some commit.
+    part = {"dataset": "some/text", "subset": None, "split": "train", "revision": "0" * 40}
+    info["recipe"]["source"] = {
+        "kind": "hub",
+        "parts": [part],
+        "text_column": "text",
+        "filter": None,
+    }
+    file.write_text(json.dumps(info | {"digest": corpus_digest(info)}))
+    other = config_for(lm, text, tmp_path / "b.zarr", mask_p=(0.2,))
+    other = replace(other, text=TextConfig(dataset="some/text"))
+    stores = [open_store(path) for path in (first, quiet(other)[0])]
+    for found, expected in zip(*(store.source(slice(None)) for store in stores), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert stores[1].recipe["corpus"]["source"]["parts"] == [part]
+    with pytest.raises(NetworkError, match=r"^Dataset some/text could not be reached on the Hub: "):
+        quiet(replace(other, out=tmp_path / "c.zarr", tokens=5000))
 
 
 def test_what_is_masked_at_a_smaller_ratio_is_masked_at_a_larger_one(

@@ -70,6 +70,9 @@ def test_killed_at_random_instants_a_harvest_gives_the_bytes_of_one_never_interr
     for number in range(5):
         config = replace(config, out=tmp_path / f"killed{number}" / "acts.zarr")
         # Half of the way at most each time, so that every phase down to the last rename is hit.
+        # The first writes of all, one by one, and then anywhere.
+        for event in range(1, 9) if number == 0 else ():
+            assert run_in_child(config, event)[0] == -signal.SIGKILL
         while (code := run_in_child(config, int(rng.integers(1, events // 2)))[0]) != 0:
             assert code == -signal.SIGKILL
             kills += 1

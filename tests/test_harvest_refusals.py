@@ -11,7 +11,7 @@ import transformers
 
 from sae_pipe.stages.harvest import harvest
 from sae_pipe.stages.harvest_config import HarvestConfig
-from sae_pipe.storage import DiskError, InputError, NonFiniteError
+from sae_pipe.storage import DiskError, InputError, NonFiniteError, StoreError
 from sae_pipe.storage.corpus import Corpus
 
 from .harvesting import config_for, quiet
@@ -114,15 +114,51 @@ def test_nan_in_an_activation_stops_with_context_and_position(
     model.save_pretrained(broken)
     config = config_for(broken, text, tmp_path / "acts.zarr", mask_p=(0.0,))
     message = (
-        r"^The activation of layer 1 at context (\d+), position (\d+) is NaN or Inf\. The model "
-        r"overflows in this number format: pass --dtype float32 \(or bfloat16 if it was "
-        r"float16\)\. The rows before are kept\.$"
+        r"^The activation of layer 1 at context (\d+), position (\d+) of the (training|held-out) "
+        r"rows is NaN or Inf: the model overflows in this number format\. Pass --dtype float32 "
+        r"\(or bfloat16 if it was float16\) with another --out\.$"
     )
     with pytest.raises(NonFiniteError, match=message) as raised:
         quiet(config)
-    found = re.search(r"context (\d+), position (\d+)", str(raised.value))
+    found = re.search(message, str(raised.value))
     assert found is not None
-    context, corpus = int(found[1]), Corpus(config.out / "corpus")
-    tables = [table for table in (corpus.train, corpus.heldout) if context < table.n_contexts]
+    corpus = Corpus(config.out / "corpus")
+    table = corpus.train if found[3] == "training" else corpus.heldout
     # Attention multiplies what it masks by 0, and 0 * NaN is NaN: the whole context is bad.
-    assert any(300 in table.context(context) for table in tables)
+    assert 300 in table.context(int(found[1]))
+
+
+def test_another_batch_size_for_a_begun_store_is_refused(
+    lm: Path, text: Path, store: Path, tmp_path: Path
+) -> None:
+    begun = tmp_path / "acts.zarr"
+    shutil.copytree(store, begun)
+    manifest = (begun / "manifest.json").read_text()
+    (begun / "manifest.json").write_text(manifest.replace('"complete"', '"harvesting"'))
+    message = (
+        f"^Store {begun} was begun with another recipe: batch_contexts is 8 there and 3 here. "
+        "Pass the same flags to go on with it, or another --out.$"
+    )
+    with pytest.raises(InputError, match=message):
+        quiet(config_for(lm, text, begun, batch_contexts=3))
+
+
+def test_a_complete_store_with_a_missing_shard_is_not_called_complete(
+    lm: Path, text: Path, store: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "acts.zarr"
+    shutil.copytree(store, damaged)
+    (damaged / "activations/c/2/0").unlink()
+    with pytest.raises(StoreError, match="activations/c/2/0: it is missing"):
+        quiet(config_for(lm, text, damaged))
+
+
+def test_too_much_memory_for_the_blocks_is_refused_with_the_flag_that_fits(
+    lm: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sae_pipe.storage.provenance.memory_bytes", lambda: 100_000)
+    message = (
+        r"Two blocks for each of 1 layers need 131 kB of memory, and this machine has 100 kB\. "
+        r"Pass --block-gb 3\.5e-05 or less, or fewer --layer at once\."
+    )
+    refused(config_for(lm, text, tmp_path / "a.zarr"), InputError, message)

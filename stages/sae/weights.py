@@ -64,8 +64,8 @@ def read_sae(folder: Path, device: torch.device) -> Sae:
     return sae.to(device).requires_grad_(False).eval()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a run folder, checked to be one."""
+def load_config(folder: Path) -> Any:
+    """config.json of a folder, whatever it holds. Raises StoreError when it is not there or JSON."""
     file = folder / "config.json"
     if not file.is_file():
         raise StoreError(
@@ -75,12 +75,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     if file.stat().st_size > CONFIG_LIMIT_BYTES:
         raise StoreError(f"{file} is damaged: a config of that size cannot be. Fit the run again.")
     try:
-        config = json.loads(file.read_bytes())
+        return json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise StoreError(
             f"{file} is damaged: it is not JSON ({error}). Fit the run again."
         ) from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+
+
+def is_run_config(config: Any) -> bool:
+    """Whether a config.json is that of a run, of whatever format version."""
+    return isinstance(config, dict) and config.get("format") == FORMAT
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run folder, checked to be one."""
+    config = load_config(folder)
+    if not is_run_config(config):
         raise StoreError(
             f"{folder} is not a run: config.json does not name the format {FORMAT!r}. "
             "Pass the folder that `sae-pipe fit --out` wrote."
@@ -91,7 +101,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"Run {folder} has format version {version}, and this sae-pipe reads up to "
             f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade sae-pipe."
         )
-    return config
+    return dict(config)
 
 
 def _rebuild(folder: Path, section: Any) -> Sae:

@@ -13,7 +13,17 @@ from .parquet import ParquetReader
 from .recipes import RECIPES, apply_recipe
 from .txt import TxtReader
 
-__all__ = ["RECIPES", "SOURCES", "Record", "RecordStream", "TextConfig", "TextSource", "open_text"]
+__all__ = [
+    "DEFAULT_COLUMN",
+    "DEFAULT_SPLIT",
+    "RECIPES",
+    "SOURCES",
+    "Record",
+    "RecordStream",
+    "TextConfig",
+    "TextSource",
+    "open_text",
+]
 
 # A kind with suffixes reads local files of that name, as KIND(path, relative name).
 SOURCES: dict[str, type[Reader]] = {
@@ -23,15 +33,15 @@ SOURCES: dict[str, type[Reader]] = {
     "txt": TxtReader,
 }
 
-_COLUMN = "text"
-_SPLIT = "train"
+DEFAULT_COLUMN = "text"
+DEFAULT_SPLIT = "train"
 
 
 def open_text(config: TextConfig) -> TextSource:
     """The records of a recipe's name, local text (file, folder or glob), or a Hub dataset."""
     config = apply_recipe(config)
     suffixes = {suffix: kind for kind in SOURCES.values() for suffix in kind.suffixes}
-    column = config.text_column or _COLUMN
+    column = config.text_column or DEFAULT_COLUMN
     has_suffix = suffix_of(Path(config.dataset), list(suffixes)) is not None
     if has_suffix or looks_local(config.dataset):
         for flag, value in (("--split", config.split), ("--revision", config.revision)):
@@ -44,7 +54,7 @@ def open_text(config: TextConfig) -> TextSource:
         return TextSource(config.dataset, "files", readers, column, config.filter)
     if not is_hub_id(config.dataset):
         raise unknown_dataset(config.dataset)
-    hub = HubReader(config.dataset, config.split or _SPLIT, config.revision)
+    hub = HubReader(config.dataset, config.split or DEFAULT_SPLIT, config.revision)
     return TextSource(config.dataset, "hub", [hub], column, config.filter)
 
 

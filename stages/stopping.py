@@ -1,0 +1,40 @@
+"""Ending when asked to: a signal is noted, and obeyed once the state is safe."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+
+@contextmanager
+def signals_asked() -> Iterator[list[int]]:
+    """Collect SIGTERM and Ctrl-C instead of dying at once; a second one is obeyed at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may set handlers
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    for each in before:
+        signal.signal(each, note)
+    try:
+        yield asked
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def leave(number: int, run: Path) -> None:
+    """End the process as the signal would have; the checkpoint is written."""
+    print(f"Stopped: {run} goes on from its checkpoint.", file=sys.stderr)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
