@@ -62,7 +62,7 @@ def harvest(
         for target in wanted:
             if target in builders and builders[target].state == COMPLETE:
                 store = open_store(target.path)  # a shard that has gone is found here
-                assert store.corpus is not None
+                Corpus(target.path / "corpus")  # and a file of the tokens here
                 say(
                     f"{target.path} is complete: {store.n_rows:,} rows of this recipe. "
                     "Nothing to do."
