@@ -64,7 +64,7 @@ def demo(
         "that neither store holds:\n"
     )
     typer.echo(run_table([(folder.name, summary) for folder, summary in runs]))
-    typer.echo(_about_l0(*(summary.l0 for _, summary in runs)), nl=False)
+    typer.echo(about_l0(*(summary.l0 for _, summary in runs)), nl=False)
     for (folder, _), store in zip(runs, stores, strict=True):
         typer.echo(f"\nSome latents of {folder.name} and where they fire most:\n")
         found = top_activations(load_sae(folder), store, count=LATENTS, examples=EXAMPLES)
@@ -72,7 +72,7 @@ def demo(
     typer.echo(f"\nDone in {time.monotonic() - begun:.0f} s. {_next_steps(out)}")
 
 
-def _about_l0(unmasked: float | None, masked: float | None) -> str:
+def about_l0(unmasked: float | None, masked: float | None) -> str:
     """What to keep in mind about a table whose L0 differ; nothing when they are close."""
     if unmasked is None or masked is None:
         return ""

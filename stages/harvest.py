@@ -232,7 +232,10 @@ def _about_text(corpus: Corpus) -> str:
     """What became of the records of the text, by reason: nothing is left out silently."""
     documents = corpus.info["documents"]
     used = sum(split["documents"] for split in corpus.info["splits"].values())
-    left_out = ", ".join(f"{n:,} {why}" for why, n in sorted(documents["left_out"].items()) if n)
+    reasons = dict(documents["left_out"])
+    reasons["too short for a row"] = sum(documents["too_short"].values())
+    reasons["more than needed"] = sum(documents["surplus"].values())
+    left_out = ", ".join(f"{n:,} {why}" for why, n in sorted(reasons.items()) if n)
     return (
         f"text      {used:,} documents used of {documents['records_read']:,} records read; "
         f"left out: {left_out or 'none'}"

@@ -152,6 +152,20 @@ def test_harvest_refuses_an_unknown_model(tmp_path: Path) -> None:
     )
 
 
+def test_harvest_says_what_became_of_the_records(tmp_path: Path) -> None:
+    words = "In the beginning was the word, and the word was written on a small stone. "
+    lines = [json.dumps({"text": words * (i + 1)}) for i in range(60)]
+    unusable = ["not json", '{"text": ""}', '{"text": 3}', lines[0]]
+    (tmp_path / "text.jsonl").write_text("\n".join([*unusable, *lines]) + "\n")
+    options = {"dataset": tmp_path / "text.jsonl", "heldout_tokens": 200}
+    code, stdout, _ = run(*harvest_args(tmp_path, **options))
+    assert code == 0
+    assert [line for line in stdout.splitlines() if line.startswith("text ")] == [
+        "text      12 documents used of 64 records read; "
+        "left out: 1 duplicate, 1 empty, 1 malformed JSON, 4 more than needed, 1 not text"
+    ]
+
+
 @pytest.mark.usefixtures("no_hub")
 def test_harvest_without_network_says_how_to_use_a_local_folder(tmp_path: Path) -> None:
     assert refused(*harvest_args(tmp_path, model="pythia-160m")) == (
@@ -248,7 +262,20 @@ def test_fit_refuses_a_manifest_that_is_cut_off(
 ) -> None:
     store = damaged_copy(small_store, tmp_path)
     (store / "manifest.json").write_text('{"format": "sae')
-    assert fit_refusal(store).startswith(f"{store}/manifest.json is damaged: it is not JSON (")
+    assert fit_refusal(store) == (
+        f"{store}/manifest.json is damaged: it is not JSON (Unterminated string starting at: "
+        "line 1 column 12 (char 11)). Fetch or harvest the store again."
+    )
+
+
+def test_fit_refuses_to_write_into_a_store(small_store: ActivationStore, tmp_path: Path) -> None:
+    store = damaged_copy(small_store, tmp_path)
+    before = sorted(store.rglob("*"))
+    fit = ["fit", "--store", store, "--l0", 4, "--d-sae", 32]
+    assert refused(*fit, "--out", store) == (
+        f"{store} exists and is not a run of sae-pipe. Pass another --out, or move it away."
+    )
+    assert sorted(store.rglob("*")) == before
 
 
 def test_inspect_refuses_a_store_of_another_width(
@@ -273,6 +300,10 @@ def test_inspect_refuses_a_store_of_another_width(
     assert refused("inspect", run_folder, "--latent", 32) == (
         "Latent 32 does not exist: the SAE has latents 0 to 31."
     )
+    for option in ("--rows", "--count", "--examples"):
+        for value in (0, -1):
+            message = refused("inspect", run_folder, option, value)
+            assert message == f"{option} must be at least 1, not {value}."
 
 
 # --- the main job, smaller ---
@@ -289,6 +320,15 @@ def test_the_demo_harvests_fits_compares_and_shows_latents(
     assert "sae-pipe harvest --model pythia-160m --layer 8 --mask-p 0.3" in stdout
     assert "acts-layer3-p0-matryoshka-l0_20" in stdout
     assert stdout.count("fires on ") == 2 * cli_demo.LATENTS
+    summaries = [
+        json.loads(
+            (tmp_path / f"demo/runs/acts-layer3-{p}-matryoshka-l0_20/summary.json").read_text()
+        )
+        for p in ("p0", "p0.3")
+    ]
+    note = cli_demo.about_l0(*(summary["l0"] for summary in summaries))
+    assert ("Both were fitted for L0 20" in stdout) == bool(note)
+    assert note in stdout
     store = open_store(tmp_path / "demo/acts-layer3-p0.3.zarr")
     assert store.n_rows == 12_000
     code, stdout, _ = run("store", "info", store.path)
@@ -301,6 +341,31 @@ def test_the_demo_harvests_fits_compares_and_shows_latents(
     assert {"config.json", "sae.safetensors", "metrics.jsonl", "summary.json", "curve.png"} <= {
         file.name for file in runs.iterdir()
     }
+
+
+L0_NOTE = (
+    "\nBoth were fitted for L0 20, the second on masked rows but judged here on unmasked ones, "
+    "where its threshold lets {} latents through than the first's; explained variance at different "
+    "L0 is not a like-for-like comparison.\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("unmasked", "masked", "note"),
+    [
+        (20.6, 34.4, L0_NOTE.format("more")),
+        (20.0, 24.1, L0_NOTE.format("more")),
+        (20.0, 24.0, ""),
+        (20.0, 17.0, ""),
+        (20.0, 16.0, L0_NOTE.format("fewer")),
+        (0.0, 0.0, ""),
+        (None, None, ""),
+    ],
+)
+def test_the_demo_says_when_two_l0_cannot_be_compared(
+    unmasked: float | None, masked: float | None, note: str
+) -> None:
+    assert cli_demo.about_l0(unmasked, masked) == note
 
 
 def test_verify_names_the_file_that_changed(small_store: ActivationStore, tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 import json
 import re
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sae_pipe.stages.curve import draw_curve
 from sae_pipe.stages.fit import build_trainer, fit
@@ -17,6 +17,8 @@ from sae_pipe.stages.fitconfig import FitConfig
 from sae_pipe.stages.rundir import RunFolder
 from sae_pipe.stages.trainer import Trainer
 from sae_pipe.storage import ActivationStore, InputError
+
+from .test_fit import ask_to_stop
 
 CONFIG = FitConfig(
     arch="topk", k=3, d_sae=64, epochs=1, batch_size=128, device="cpu", checkpoint_steps=10
@@ -228,16 +230,13 @@ def test_only_what_lives_on_the_device_is_moved_there() -> None:
 def test_a_resumed_run_stands_a_zero_filled_tail_of_its_metrics(
     small_store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from .test_fit import ask_to_stop
-
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        ask_to_stop(patch, at=20, number=15)
+        ask_to_stop(patch, at=20, number=signal.SIGTERM)
         with pytest.raises(SystemExit):
             fit(small_store, CONFIG, out, show_progress=False)
     with (out / "metrics.jsonl").open("ab") as file:
         file.write(b"\0" * 512 + b"\n")
     fit(small_store, CONFIG, out, show_progress=False)
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()]
-    assert steps == list(range(1, 33))
-    assert load_file(out / "sae.safetensors")["W_enc"].shape == (16, 64)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 33))

@@ -8,11 +8,13 @@ import torch
 
 from sae_pipe.pipeline import cli_demo
 from sae_pipe.stages.batches import TorchBatches
+from sae_pipe.stages.fit import fit
+from sae_pipe.stages.fitconfig import FitConfig
 from sae_pipe.stages.forward import HostCopier
 from sae_pipe.stages.harvest import harvest
 from sae_pipe.stages.harvest_config import HarvestConfig
 from sae_pipe.stages.sources import TextConfig
-from sae_pipe.storage import ActivationStore, open_store
+from sae_pipe.storage import ActivationStore, InputError, open_store
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,3 +74,12 @@ def test_rows_come_off_the_gpu_in_order_and_unchanged() -> None:
     copier.close()
     for rows, found in zip(sent, received, strict=True):
         torch.testing.assert_close(found, rows.cpu(), rtol=0, atol=0)
+
+
+def test_a_fit_larger_than_the_free_memory_of_the_gpu_is_refused(
+    small_store: ActivationStore, tmp_path: Path
+) -> None:
+    config = FitConfig(arch="topk", k=3, d_sae=10**10, batch_size=128, device="cuda")
+    with pytest.raises(InputError, match=r"of memory for .*, but cuda has free [\d.]+ GB\. Pass"):
+        fit(small_store, config, tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()

@@ -38,11 +38,16 @@ def forward_floor(
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        for _ in runner.run(token_ids_NT):
-            pass
-        _wait(model.device)
+        forward_pass(model, token_ids_NT, n_contexts)
         seconds.append(time.perf_counter() - start)
     return token_ids_NT.numel() / statistics.median(seconds)
+
+
+def forward_pass(model: HookedModel, token_ids_NT: Tensor, n_contexts: int) -> None:
+    """All contexts through the model once, and nothing done with what comes out."""
+    for _ in BatchRunner(model, n_contexts).run(token_ids_NT):
+        pass
+    _wait(model.device)
 
 
 def save_pythia_160m_shape(folder: Path) -> None:
