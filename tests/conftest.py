@@ -3,12 +3,17 @@
 # tiny models: 4 layers, d_model 32, 64 tokens, contexts of 64
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
+
+# Read when huggingface_hub is imported. The tests' Hubs are on this machine, and nothing else is
+# asked, whether the user has set this or not.
+os.environ["HF_HUB_OFFLINE"] = "0"
 
 import numpy as np
 import pytest
