@@ -13,9 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..storage import open_store, provenance
 from ..storage.builder import StoreBuilder, is_begun
@@ -30,7 +28,7 @@ from ..storage.writer import SplitWriter
 from .block_buffer import FOLDER as BLOCK_FOLDER
 from .corpus import build_corpus
 from .harvest_config import HarvestConfig, Target, check_same, request_of, targets
-from .harvest_job import HarvestJob, as_json, corpora_beside, resolve
+from .harvest_job import HarvestJob, resolve
 from .harvest_plan import make_plan
 from .harvest_run import Pass, encode_threads, link_tree, run_passes
 from .hooks import HookedModel
@@ -40,7 +38,7 @@ from .row_map import KeepRule, RowMap
 
 Say = Callable[[str], None]
 Builders = dict[Target, StoreBuilder]
-Counted = dict[object, NDArray[np.int64]]
+RowMaps = tuple[RowMap, RowMap]  # training rows, held-out rows
 
 
 def harvest(
@@ -86,7 +84,7 @@ def _harvest(
 ) -> None:
     job = resolve(config, {target.path: b.manifest for target, b in builders.items()})
     for target, builder in builders.items():
-        check_same(target.path, builder.manifest["recipe"], as_json(job.recipe(target)))
+        check_same(target.path, builder.manifest["recipe"], job.recipe(target))
     layers = tuple(sorted({target.layer for target in todo}))
     model = load_truncated(job.info, layers, config.hook, job.device, job.dtype)
     new = [t for t in todo if t not in builders or builders[t].state == TOKENISING]
@@ -103,9 +101,10 @@ def _harvest(
         return
     _begin(job, todo, builders, locks)
     _add_corpus(job, builders, new, show_progress=show_progress, say=say)
-    counted: Counted = {}
-    _lay_out(job, {target: builders[target] for target in new}, execution, counted)
-    _run(job, model, builders, counted, show_progress=show_progress)
+    maps = _row_maps(job, builders)
+    for target in new:
+        _lay_out(job, builders[target], maps[target], execution)
+    _run(job, model, builders, maps, show_progress=show_progress)
     for target, builder in builders.items():
         train, heldout = builder.layouts()
         asked = job.corpus.heldout_rows
@@ -144,7 +143,7 @@ def _begun(config: HarvestConfig, wanted: list[Target], locks: ExitStack) -> Bui
                 f"Store {target.path} was not made by a harvest, so it cannot be gone on with. "
                 "Pass another --out."
             )
-        check_same(target.path, builder.manifest["request"], as_json(request_of(config, target)))
+        check_same(target.path, builder.manifest["request"], request_of(config, target))
         builders[target] = builder
     return builders
 
@@ -182,9 +181,7 @@ def _begin(job: HarvestJob, todo: list[Target], builders: Builders, locks: ExitS
             # Before the manifest: a store that is begun has all that it will not be given again.
             job.tokenizer.save(target.path / "tokenizer.json")
             request, recipe = request_of(job.config, target), job.recipe(target)
-            builders[target] = StoreBuilder.begin(
-                target.path, as_json(request), as_json(recipe), job.config.codec
-            )
+            builders[target] = StoreBuilder.begin(target.path, request, recipe, job.config.codec)
         builders[target].record_run(this_run)
 
 
@@ -201,7 +198,7 @@ def _add_corpus(
     without = [target for target in builders if not (target.path / "corpus").is_dir()]
     if not without:
         return
-    existing = _corpus_beside(job, builders)
+    existing = job.corpus_at
     if existing is None:
         assert job.source is not None
         first = without.pop(0)
@@ -242,56 +239,52 @@ def _about_text(corpus: Corpus) -> str:
     )
 
 
-def _corpus_beside(job: HarvestJob, builders: Builders) -> Path | None:
-    """A finished corpus of the same recipe, in these stores or in others of the same folder."""
-    for corpus in corpora_beside(target.path for target in builders):
-        if as_json(corpus.info["recipe"]) == job.corpus_recipe:
-            return corpus.path
-    return None
-
-
-def _lay_out(
-    job: HarvestJob, builders: Builders, execution: dict[str, Any], counted: Counted
-) -> None:
-    """Fix the sizes, now that it is known how many rows the text gives."""
-    for target, builder in builders.items():
-        train, heldout = _row_maps(job, target, builder, counted)
-        n_rows, n_heldout = train.available_rows, heldout.available_rows
-        if job.config.tokens is not None:
-            n_rows = min(n_rows, job.config.tokens)
-        elif job.corpus.train_rows is not None:
-            n_rows = min(n_rows, job.corpus.train_rows)
-        builder.lay_out(
-            choose_layout(
-                n_rows=n_rows,
-                d_in=job.info.d_model,
-                block_bytes=job.config.block_bytes,
-                shard_rows=job.config.shard_rows,
-            ),
-            choose_layout(
-                n_rows=min(n_heldout, job.corpus.heldout_rows),
-                d_in=job.info.d_model,
-                block_bytes=0,
-            ),
-            execution,
-        )
-
-
-def _row_maps(
-    job: HarvestJob, target: Target, builder: StoreBuilder, counted: Counted
-) -> tuple[RowMap, RowMap]:
-    """Training and held-out rows of a store."""
-    corpus = Corpus(builder.path / "corpus")
+def _row_maps(job: HarvestJob, builders: Builders) -> dict[Target, RowMaps]:
+    """Training and held-out rows of every store."""
     rule = KeepRule(
         keep_first=job.config.keep_first,
         bos_id=job.tokenizer.bos_id,
         drop_masked=job.config.drop_masked,
     )
-    mask, seed = job.mask(target.mask_p), job.config.seed
-    unmasked = replace(rule, drop_masked=False)
-    return (
-        RowMap(corpus.train, rule, mask, shuffle_seed=seed, counted=counted),
-        RowMap(corpus.heldout, unmasked, job.mask(0.0), shuffle_seed=None, counted=counted),
+    unmasked, seed = replace(rule, drop_masked=False), job.config.seed
+    # One recipe, one content: any of the corpora stands for all, and is counted once.
+    corpus = Corpus(next(iter(builders)).path / "corpus")
+    heldout = RowMap(corpus.heldout, unmasked, job.mask(0.0), shuffle_seed=None)
+    maps: dict[Target, RowMaps] = {}
+    by_ratio: dict[float, RowMap] = {}
+    for target in builders:
+        p = target.mask_p
+        if p not in by_ratio:
+            other = next(iter(by_ratio.values()), None)
+            by_ratio[p] = RowMap(
+                corpus.train, rule, job.mask(p), shuffle_seed=seed, counted_by=other
+            )
+        maps[target] = by_ratio[p], heldout
+    return maps
+
+
+def _lay_out(
+    job: HarvestJob, builder: StoreBuilder, maps: RowMaps, execution: dict[str, Any]
+) -> None:
+    """Fix the sizes, now that it is known how many rows the text gives."""
+    n_rows, n_heldout = (rows.available_rows for rows in maps)
+    if job.config.tokens is not None:
+        n_rows = min(n_rows, job.config.tokens)
+    elif job.corpus.train_rows is not None:
+        n_rows = min(n_rows, job.corpus.train_rows)
+    builder.lay_out(
+        choose_layout(
+            n_rows=n_rows,
+            d_in=job.info.d_model,
+            block_bytes=job.config.block_bytes,
+            shard_rows=job.config.shard_rows,
+        ),
+        choose_layout(
+            n_rows=min(n_heldout, job.corpus.heldout_rows),
+            d_in=job.info.d_model,
+            block_bytes=0,
+        ),
+        execution,
     )
 
 
@@ -302,13 +295,13 @@ def _run(
     job: HarvestJob,
     model: HookedModel,
     builders: Builders,
-    counted: Counted,
+    maps: dict[Target, RowMaps],
     *,
     show_progress: bool,
 ) -> None:
     with ThreadPoolExecutor(encode_threads(), thread_name_prefix="encode") as pool:
         writers = {target: builder.writers(pool) for target, builder in builders.items()}
-        passes = _passes(job, builders, writers, counted)
+        passes = _passes(builders, maps, writers)
         total = sum(job_pass.layout.n_rows for job_pass in passes)
         execution = next(iter(builders.values())).manifest["execution"]
         with progress(total, "harvest", "rows", show=show_progress) as bar:
@@ -325,40 +318,29 @@ def _run(
 
 
 def _passes(
-    job: HarvestJob,
     builders: Builders,
+    maps: dict[Target, RowMaps],
     writers: dict[Target, tuple[SplitWriter, SplitWriter]],
-    counted: Counted,
 ) -> list[Pass]:
     """Held-out rows once for all mask ratios, then one pass for each ratio; stores of another
     layout (begun by another command) have passes of their own."""
     heldout: dict[Any, Pass] = {}
     training: dict[Any, Pass] = {}
     for target, builder in builders.items():
-        of_train, of_heldout = _row_maps(job, target, builder, counted)
-        train_layout, heldout_layout = builder.layouts()
+        labels = f"train-p{target.mask_p}", "heldout"
         contexts = int(builder.manifest["execution"]["batch_contexts"])
-        train_writer, heldout_writer = writers[target]
-        for group, key, label, rows, layout, writer in (
-            (heldout, None, "heldout", of_heldout, heldout_layout, heldout_writer),
-            (
-                training,
-                target.mask_p,
-                f"train-p{target.mask_p}",
-                of_train,
-                train_layout,
-                train_writer,
-            ),
+        for group, label, rows, layout, writer in zip(
+            (training, heldout),
+            labels,
+            maps[target],
+            builder.layouts(),
+            writers[target],
+            strict=True,
         ):
-            job_pass = group.setdefault(
-                (key, layout, contexts),
-                Pass(
-                    label=f"{label}-{len(group)}",
-                    rows=rows,
-                    layout=layout,
-                    batch_contexts=contexts,
-                    writers={},
-                ),
-            )
-            job_pass.writers.setdefault(target.layer, []).append(writer)
+            key = (label, layout, contexts)
+            if key not in group:
+                group[key] = Pass(
+                    label=label, rows=rows, layout=layout, batch_contexts=contexts, writers={}
+                )
+            group[key].writers.setdefault(target.layer, []).append(writer)
     return [*heldout.values(), *training.values()]

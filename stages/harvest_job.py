@@ -4,8 +4,7 @@ Everything that can be wrong with them is found here, before anything is written
 begun pins its revisions: a branch that has moved since then changes nothing.
 """
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,8 @@ _UNPACKED = {".gz": 3.0, ".zst": 3.0, ".parquet": 2.0}
 class HarvestJob:
     """A harvest with everything resolved.
 
-    source: None when the tokens are there already, in corpus_at, so that no text is needed;
-    corpus_recipe: what the token corpus is made from.
+    corpus_at: where the tokens are already, in a begun store or beside it; source: the text, None
+    where it did not have to be opened; corpus_recipe: what the token corpus is made from.
     """
 
     config: HarvestConfig
@@ -104,13 +103,15 @@ def resolve(config: HarvestConfig, begun: dict[Path, dict[str, Any]]) -> Harvest
     tokenizer = TextTokenizer.load(info.source, info.commit)
     mask_id = tokenizer.mask_id(config.mask_string)
     source = None
-    corpus_at, made_from = _finished_corpus(config, context_size, tokenizer, begun)
+    corpus_at, made_from = _corpus_without_text(config, context_size, tokenizer, begun)
     if corpus_at is not None:
         corpus = CorpusConfig(**made_from["config"])
     else:
         source = open_text(_pinned_text(config.text, recipe))
         corpus = _corpus_config(config, context_size, estimated_tokens(source))
-        made_from = as_json(corpus_recipe(corpus, source, tokenizer))
+        made_from = corpus_recipe(corpus, source, tokenizer)
+        same = (each for each in _corpora_beside(config) if each.info["recipe"] == made_from)
+        corpus_at = next((each.path for each in same), None)
     return HarvestJob(
         config=config,
         info=info,
@@ -149,17 +150,16 @@ def _context_size(config: HarvestConfig, info: ModelInfo) -> int:
     return config.context_size
 
 
-def corpora_beside(paths: Iterable[Path]) -> Iterator[Corpus]:
-    """The finished corpora of all stores in the folders that these stores are in."""
-    for folder in dict.fromkeys(path.absolute().parent for path in paths):
-        for found in sorted(folder.glob(f"*/corpus/{CORPUS_JSON}")):
-            try:
-                yield Corpus(found.parent)
-            except StoreError:
-                continue  # damaged: not ours to judge here, and of no use
+def _corpora_beside(config: HarvestConfig) -> Iterator[Corpus]:
+    """The finished corpora of all stores in the folder of --out."""
+    for found in sorted(config.out.absolute().parent.glob(f"*/corpus/{CORPUS_JSON}")):
+        try:
+            yield Corpus(found.parent)
+        except StoreError:
+            continue  # damaged: not ours to judge here, and of no use
 
 
-def _finished_corpus(
+def _corpus_without_text(
     config: HarvestConfig,
     context_size: int,
     tokenizer: TextTokenizer,
@@ -173,8 +173,8 @@ def _finished_corpus(
             return path / "corpus", manifest["recipe"]["corpus"]
     if begun or looks_local(config.text.dataset):
         return None, {}
-    wanted = as_json(asdict(_corpus_config(config, context_size, None)))
-    for corpus in corpora_beside([config.out]):
+    wanted = asdict(_corpus_config(config, context_size, None))
+    for corpus in _corpora_beside(config):
         recipe = corpus.info["recipe"]
         is_same = (
             recipe["config"] == wanted
@@ -233,9 +233,3 @@ def estimated_tokens(source: TextSource) -> int | None:
         return None
     unpacked = (size * _UNPACKED.get(Path(name).suffix, 1.0) for name, size in sizes)
     return int(sum(unpacked) / _BYTES_PER_TOKEN)
-
-
-def as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """The value as it comes back from a manifest."""
-    result: dict[str, Any] = json.loads(json.dumps(value, default=str))
-    return result

@@ -75,7 +75,7 @@ class BlockPipeline:
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="write")
         # While one shard is hashed, written and synced, the encoding threads work for the next.
         self._sealing = ThreadPoolExecutor(_SEALING_THREADS, thread_name_prefix="seal")
-        self._runners: dict[str, BatchRunner] = {}
+        self._runners: dict[tuple[tuple[int, ...], int], BatchRunner] = {}
         self._behind: Future[None] | None = None
         self._spare: list[dict[int, Bits]] = []
 
@@ -94,12 +94,8 @@ class BlockPipeline:
     def _run(self, job: Pass, block: int, rows: BlockRows) -> None:
         """Fill one block and hand it over to be written."""
         buffer = self._buffer(job, block, rows)
-        if job.label not in self._runners:
-            model = replace(self._model, layers=tuple(sorted(job.writers)))
-            # One for all blocks: a batch that had to be halved stays halved.
-            self._runners[job.label] = BatchRunner(model, job.batch_contexts)
         fill_block(
-            self._runners[job.label],
+            self._runner(job),
             rows,
             buffer,
             batch_contexts=job.batch_contexts,
@@ -109,6 +105,15 @@ class BlockPipeline:
         )
         self.wait()
         self._behind = self._writing.submit(self._write, job, rows, buffer, job.missing(block))
+
+    def _runner(self, job: Pass) -> BatchRunner:
+        """One for all blocks: a batch that had to be halved stays halved."""
+        layers = tuple(sorted(job.writers))
+        key = (layers, job.batch_contexts)
+        if key not in self._runners:
+            model = replace(self._model, layers=layers)
+            self._runners[key] = BatchRunner(model, job.batch_contexts)
+        return self._runners[key]
 
     def _buffer(self, job: Pass, block: int, rows: BlockRows) -> BlockBuffer:
         d_model = self._model.d_model

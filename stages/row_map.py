@@ -93,19 +93,18 @@ class RowMap:
         mask: MaskConfig,
         *,
         shuffle_seed: int | None,
-        counted: "dict[object, NDArray[np.int64]] | None" = None,
+        counted_by: "RowMap | None" = None,
     ) -> None:
         """shuffle_seed: of the permutation inside blocks; None keeps text order.
 
-        counted: shared by the row maps of one corpus, so that its tokens are counted only once for
-        all that have the same rows.
+        counted_by: a map of the same table and rule: unless masked rows are left out, its rows are
+        those of any mask ratio, and the tokens need not be counted again.
         """
         self.table, self.rule, self.mask, self._shuffle_seed = table, rule, mask, shuffle_seed
-        counted = {} if counted is None else counted
-        key = (table.split, rule, mask.p if rule.drop_masked else None)
-        if key not in counted:
-            counted[key] = self._count()
-        self._starts = counted[key]
+        is_counted = counted_by is not None and not rule.drop_masked
+        self._starts: NDArray[np.int64] = (
+            counted_by._starts if counted_by and is_counted else self._count()
+        )
 
     @property
     def available_rows(self) -> int:
