@@ -134,6 +134,15 @@ def fit(
             help="Steps between held-out evaluations. Default: ten a run.", rich_help_panel=_RUN
         ),
     ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow",
+            help="Fit from a store while it is written: all of its rows, each shard as soon as it "
+            "is sealed.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     heldout_rows: Annotated[
         int,
         typer.Option(
@@ -143,7 +152,8 @@ def fit(
 ) -> None:
     """Fit a sparse autoencoder from a store.
 
-    The same command goes on with a run that was interrupted, to the same weights.
+    The same command goes on with a run that was interrupted, to the same weights. Of a store that
+    is unfinished it takes the shards that are sealed now, and keeps to those.
     """
     # Torch takes seconds to import: a flag that cannot work is refused before that.
     config = FitConfig(
@@ -173,10 +183,10 @@ def fit(
     )
     from ..stages.fit import default_out
     from ..stages.fit import fit as run
-    from ..storage import open_store
+    from ..stages.fit_source import open_to_fit
 
-    opened = open_store(store)
-    folder = default_out(opened, config) if out is None else out
+    folder = Path(default_out(store, config)) if out is None else out
+    opened = open_to_fit(store, folder, follow=follow, say=lambda s: typer.echo(s, err=True))
     summary = run(opened, config, folder)
     from .tables import run_table
 

@@ -10,6 +10,7 @@ from ..stages.dedup import DEDUPS
 from ..stages.harvest_config import DEFAULT_BLOCK_BYTES
 from ..stages.taps import DEFAULT_HOOK, HOOKS
 from ..storage.codecs import CODECS
+from ..storage.values import VALUE_TYPES
 from .errors import told_to_the_user
 
 _MODEL, _TEXT, _ROWS, _RUN = "What is hooked", "Text", "Rows and masking", "How it runs"
@@ -154,6 +155,13 @@ def harvest(
             rich_help_panel=_RUN,
         ),
     ] = "lossless",
+    store_dtype: Annotated[
+        str,
+        typer.Option(
+            help=f"Number format that values are rounded to: {', '.join(VALUE_TYPES)}.",
+            rich_help_panel=_RUN,
+        ),
+    ] = "bfloat16",
     device: Annotated[
         str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", rich_help_panel=_RUN)
     ] = "auto",
@@ -179,6 +187,22 @@ def harvest(
             rich_help_panel=_RUN,
         ),
     ] = DEFAULT_BLOCK_BYTES / 1e9,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that share the work on this machine, such as one for each GPU. "
+            "Default: this process alone.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a running Dask cluster whose workers do the work, such as "
+            "tcp://host:8786; --out has to be on a file system that they share.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=_RUN)
     ] = False,
@@ -217,15 +241,18 @@ def harvest(
         heldout_tokens=heldout_tokens,
         seed=seed,
         codec=codec,
+        store_dtype=store_dtype,
         device=device,
         dtype=dtype,
         batch_contexts=batch_contexts,
-        block_bytes=_whole_bytes(block_gb),
+        block_bytes=whole_bytes(block_gb),
+        workers=workers,
+        scheduler=scheduler,
     )
     run(config, say=typer.echo, dry_run=dry_run)
 
 
-def _whole_bytes(gigabytes: float) -> int:
+def whole_bytes(gigabytes: float) -> int:
     from ..storage import InputError
 
     if not math.isfinite(gigabytes):

@@ -38,7 +38,6 @@ def inspect(
         if recorded is None:
             raise InputError(f"{run} does not say which store it was fitted from. Pass --store.")
         store = Path(recorded)
-    found = top_activations(
-        sae, open_store(store), latent, count=count, examples=examples, max_rows=rows
-    )
+    opened = open_store(store, unfinished=True)
+    found = top_activations(sae, opened, latent, count=count, examples=examples, max_rows=rows)
     typer.echo(show_latents(found))

@@ -6,9 +6,14 @@ from typing import Annotated
 
 import typer
 
+from .cli_store_copies import register as register_copies
+from .cli_store_repair import register as register_repair
+from .cli_store_repair import verify_files
 from .errors import told_to_the_user
 
 app = typer.Typer(help="Look at an activation store, check it.", no_args_is_help=True)
+register_copies(app)
+register_repair(app)
 
 _PATH = Annotated[Path, typer.Argument(help="The store, such as acts.zarr.")]
 
@@ -35,14 +40,48 @@ def info(
 
 @app.command()
 @told_to_the_user
-def verify(path: _PATH) -> None:
-    """Read every file of a store and compare it with its recorded digest."""
+def verify(
+    path: _PATH,
+    shuffle: Annotated[
+        bool,
+        typer.Option("--shuffle", help="Measure how well the rows are shuffled instead."),
+    ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="With --shuffle: rows of a batch. Default: 4096, or less if few rows."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --shuffle: print the numbers as JSON.")
+    ] = False,
+) -> None:
+    """Read every file of a store and compare it with its recorded digest.
+
+    With --shuffle: measure on the source of every row that each is there once and that the order is
+    shuffled; docs/numbers.md says how.
+    """
+    if shuffle:
+        _verify_shuffle(path, batch_size, as_json)
+        return
+    from ..storage import InputError
+
+    if batch_size is not None or as_json:
+        raise InputError("--batch-size and --json belong to --shuffle. Add it, or leave them out.")
+    typer.echo(verify_files(path))
+
+
+def _verify_shuffle(path: Path, batch_size: int | None, as_json: bool) -> None:
     from ..stages.progress import progress
-    from ..storage import open_store
-    from ..storage.info import verify_files
+    from ..storage import StoreError, open_store
+    from ..storage.shuffle import measure_shuffle, positions_to_read
+    from .show import show_pairs
+    from .shuffle_report import report
 
     store = open_store(path)
-    total = sum(file.stat().st_size for file, _ in store.files() if file.is_file())
-    with progress(total, "verify", "B") as bar:
-        verify_files(store, bar.update)
-    typer.echo(f"{path} is whole: {len(store.files())} files and the tokens match their digests.")
+    with progress(positions_to_read(store), "shuffle", "positions") as bar:
+        measured = measure_shuffle(store, batch_size=batch_size, advance=bar.update)
+    typer.echo(json.dumps(measured, indent=1) if as_json else show_pairs(report(path, measured)))
+    if measured["failures"]:
+        raise StoreError(
+            f"Store {path} is not shuffled: {'; '.join(measured['failures'])}. "
+            "Harvest it again; larger blocks (--block-gb) mix better."
+        )

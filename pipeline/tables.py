@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = True) -> str:
+    """Aligned columns: the first to the left, the others to the right, or to the left too."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         first, *others = zip(cells, widths, strict=True)
-        parts = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        aligned = str.rjust if right else str.ljust
+        parts = [first[0].ljust(first[1]), *(aligned(cell, width) for cell, width in others)]
         return "  ".join(parts).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])

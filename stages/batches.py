@@ -5,8 +5,11 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..storage import ActivationStore
 
@@ -17,7 +20,7 @@ class TorchBatches:
     """An endless iterator over tensors (B, D), deterministic from the seed.
 
     Rows are multiplied by `scale` (1 / norm factor, so that E||x||^2 = 1). On a CUDA device batches
-    travel as bfloat16 from pinned memory on a stream of their own, `_AHEAD` batches before they are
+    travel as they are stored (bfloat16, or whole steps) from pinned memory on a stream of their own, `_AHEAD` batches before they are
     needed, and are widened there. waited_s: seconds that the consumer has waited for data.
     """
 
@@ -32,11 +35,18 @@ class TorchBatches:
         dtype: torch.dtype = torch.float32,
         scale: float = 1.0,
         threads: int | None = None,
+        world_size: int = 1,
+        rank: int = 0,
     ) -> None:
-        """start: the first batch to serve, counted from 0 through all epochs."""
+        """start: the first batch to serve, counted from 0 through all epochs; world_size, rank: of
+        a distributed run, in which the ranks together serve each row once an epoch.
+        """
         self.device, self.dtype, self.scale = torch.device(device), dtype, scale
-        self._loader = store.batches(batch_size, seed=seed, start=start, threads=threads)
+        self._loader = store.batches(
+            batch_size, seed=seed, start=start, threads=threads, world_size=world_size, rank=rank
+        )
         self._batches = iter(self._loader)
+        self._served = self._loader.served
         self.waited_s = 0.0
         on_cuda = self.device.type == "cuda"
         self._iterator = self._on_cuda(batch_size, store.d_in) if on_cuda else self._direct()
@@ -56,24 +66,28 @@ class TorchBatches:
         return batch_BD
 
     def _direct(self) -> Iterator[torch.Tensor]:
-        for bits_BD in self._batches:
-            rows_BD = torch.from_numpy(bits_BD).view(torch.bfloat16).to(self.device)
-            yield self._widen(rows_BD)
+        for served_BD in self._batches:
+            yield self._widen(self._tensor(served_BD).to(self.device))
+
+    def _tensor(self, rows_BD: NDArray[Any]) -> torch.Tensor:
+        """Rows as the loader serves them, without a copy."""
+        tensor = torch.from_numpy(rows_BD)
+        return tensor.view(torch.bfloat16) if self._served.name == "bfloat16" else tensor
 
     def _widen(self, rows_BD: torch.Tensor) -> torch.Tensor:
-        return rows_BD.to(self.dtype, copy=True).mul_(self.scale)
+        return rows_BD.to(self.dtype, copy=True).mul_(self.scale * self._served.step)
 
     def _on_cuda(self, batch_size: int, d_in: int) -> Iterator[torch.Tensor]:
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        shape = (batch_size, d_in)
-        pinned = [torch.empty(shape, dtype=torch.bfloat16, pin_memory=True) for _ in range(_AHEAD)]
+        like = self._tensor(np.empty((batch_size, d_in), self._served.memory))
+        pinned = [torch.empty_like(like, pin_memory=True) for _ in range(_AHEAD)]
         copied: list[torch.cuda.Event | None] = [None] * _AHEAD
         waiting: list[tuple[torch.Tensor, torch.cuda.Event]] = []
-        for turn, bits_BD in enumerate(self._batches):
+        for turn, served_BD in enumerate(self._batches):
             slot = turn % _AHEAD
             if (previous := copied[slot]) is not None:
                 previous.synchronize()  # the pinned buffer is free again
-            pinned[slot].copy_(torch.from_numpy(bits_BD).view(torch.bfloat16))
+            pinned[slot].copy_(self._tensor(served_BD))
             with torch.cuda.stream(stream):
                 rows_BD = pinned[slot].to(self.device, non_blocking=True)
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -87,6 +101,12 @@ class TorchBatches:
             current.wait_event(event)
             rows_BD.record_stream(current)
             yield self._widen(rows_BD)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop the reader's threads."""

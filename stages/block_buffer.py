@@ -14,48 +14,48 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..storage.codecs.base import Bits
 from ..storage.files import disk_error, write_json
 from ..storage.loader import scatter_rows
+from ..storage.values import Rows, ValueType
 
 FOLDER = ".block"
 
 
 class BlockBuffer:
-    """bfloat16 bits of one block for each hooked layer, in stored order."""
+    """Rows of one block for each hooked layer, in stored order."""
 
-    def __init__(self, values: dict[int, Bits], journals: dict[int, Path], filled: int) -> None:
+    def __init__(self, values: dict[int, Rows], journals: dict[int, Path], filled: int) -> None:
         """filled: contexts whose rows are there already."""
         self.values, self._journals, self.filled = values, journals, filled
         self._noted_at = time.monotonic()
 
     @classmethod
-    def in_memory(cls, values: dict[int, Bits]) -> "BlockBuffer":
+    def in_memory(cls, values: dict[int, Rows]) -> "BlockBuffer":
         """values: layer -> memory of the block's size, which may hold anything."""
         return cls(values, {}, 0)
 
     @classmethod
     def on_disk(
-        cls, stores: dict[int, Path], label: str, n_rows: int, d_model: int
+        cls, stores: dict[int, Path], label: str, n_rows: int, d_model: int, values_in: ValueType
     ) -> "BlockBuffer":
         """Go on with what an earlier run left there, if it did.
 
         stores: layer -> folder of its store; label: of the block, unique in the store.
         """
-        values: dict[int, Bits] = {}
+        values: dict[int, Rows] = {}
         journals: dict[int, Path] = {}
         filled = []
         for layer, store in stores.items():
             folder = store / FOLDER
             note, file = folder / f"{label}.json", folder / f"{label}.values"
-            size = n_rows * d_model * 2
+            size = n_rows * d_model * values_in.bytes
             is_left = note.is_file() and file.is_file() and file.stat().st_size == size
             filled.append(int(json.loads(note.read_bytes())["contexts"]) if is_left else 0)
             try:
                 if not is_left:  # never noted: nothing in it counts
                     note.unlink(missing_ok=True)
                     _reserve(file, size)
-                values[layer] = np.memmap(file, np.uint16, "r+", shape=(n_rows, d_model))
+                values[layer] = np.memmap(file, values_in.memory, "r+", shape=(n_rows, d_model))
             except OSError as error:
                 raise disk_error(error, file) from error
             journals[layer] = note
@@ -66,7 +66,7 @@ class BlockBuffer:
         """Whether the rows are in files of the store rather than in memory."""
         return bool(self._journals)
 
-    def put(self, layer: int, places_R: NDArray[np.int64], rows_RD: Bits) -> None:
+    def put(self, layer: int, places_R: NDArray[np.int64], rows_RD: Rows) -> None:
         """Store rows at their places in the block."""
         scatter_rows(self.values[layer], places_R, rows_RD)
 

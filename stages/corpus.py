@@ -59,6 +59,11 @@ def corpus_recipe(
     }
 
 
+def work_folder(folder: Path) -> Path:
+    """Where a corpus is built before it is put to its place."""
+    return folder.with_name(f"{folder.name}.building")
+
+
 def build_corpus(
     folder: Path,
     config: CorpusConfig,
@@ -73,7 +78,7 @@ def build_corpus(
     """
     rules = _checked_rules(config, tokenizer)
     recipe = corpus_recipe(config, source, tokenizer)
-    work = folder.with_name(f"{folder.name}.building")
+    work = work_folder(folder)
     if folder.exists() and any(folder.iterdir()):
         corpus = _existing(folder, recipe)
         shutil.rmtree(work, ignore_errors=True)  # a crash right after the rename leaves it

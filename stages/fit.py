@@ -23,6 +23,8 @@ from ..storage import ActivationStore
 from ..storage.errors import InputError, NonFiniteError, StoreError
 from ..storage.files import write_json, write_whole
 from ..storage.lock import sole_writer
+from ..storage.store import store_name
+from ..storage.unfinished import WaitEnded
 from .batches import TorchBatches
 from .curve import draw_curve
 from .devices import pick_device
@@ -112,9 +114,10 @@ def fit(
             return _Run(store, config, folder, trainer, show_progress=show_progress).complete()
 
 
-def default_out(store: ActivationStore, config: FitConfig) -> str:
+def default_out(store: ActivationStore | Path, config: FitConfig) -> str:
     """A readable run name: runs/STORE-ARCH-l0_K-seedSEED."""
-    return f"runs/{store.name}-{config.arch}-l0_{config.k}-seed{config.seed}"
+    name = store_name(store) if isinstance(store, Path) else store.name
+    return f"runs/{name}-{config.arch}-l0_{config.k}-seed{config.seed}"
 
 
 def build_trainer(config: FitConfig, d_in: int, n_rows: int | None = None) -> Trainer:
@@ -158,7 +161,7 @@ def norm_factor(store: ActivationStore, config: FitConfig) -> float:
 def _recipe(store: ActivationStore, config: FitConfig) -> dict[str, Any]:
     """What decides the weights, flat, so that a difference can be shown by name."""
     fields = {name: value for name, value in asdict(config).items() if name not in _FREE_FIELDS}
-    return fields | {"store_digest": store.digest}
+    return fields | {"store_digest": store.digest} | store.pin
 
 
 def _details(store: ActivationStore, config: FitConfig) -> dict[str, Any]:
@@ -245,7 +248,9 @@ class _Run:
         """Train to the end, judge, write everything."""
         try:
             with signals_asked() as asked, _products(self.config.dtype):
+                self.store.while_waiting(lambda: bool(asked), self.log.say)
                 self.train(asked)
+            self.store.while_waiting(lambda: False, self.log.say)
             return self.finish()
         finally:
             self.batches.close()
@@ -255,7 +260,13 @@ class _Run:
         """Step until the end; a signal in `asked` checkpoints and ends the process."""
         trainer, plan = self.trainer, self.schedule
         while trainer.updates < plan.steps:
-            values = trainer.step(next(self.batches))
+            try:
+                batch_BD = next(self.batches)
+            except WaitEnded:  # of a store that is followed
+                self.checkpoint()
+                leave(asked[0], self.folder.path)
+                raise
+            values = trainer.step(batch_BD)
             self.log.advance()
             step = trainer.updates
             is_last = step == plan.steps
@@ -313,7 +324,10 @@ class _Run:
         if rows == 0 or not self.trainer.sae.is_ready:
             return {}
         batches = self._heldout(rows, scale=1 / self.norm_factor)
-        return evaluate(self.trainer.sae, batches, PROGRESS_METRICS)
+        try:
+            return evaluate(self.trainer.sae, batches, PROGRESS_METRICS)
+        except WaitEnded:  # the line goes without them, and the run ends after this step
+            return {}
 
     def _heldout(self, rows: int, *, scale: float) -> Iterator[NDArray[Any]]:
         for start in range(0, rows, HELDOUT_BATCH_ROWS):

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 import torch
 
+from ..storage.disk import human_bytes
 from ..storage.errors import InputError
 from ..storage.provenance import memory_bytes
 from .backoff import is_out_of_memory
 from .fitconfig import FitConfig
-from .plan import human_bytes
 
 
 def needed_bytes(config: FitConfig, d_in: int) -> int:

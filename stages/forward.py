@@ -1,4 +1,4 @@
-"""The forward pass over a block: tokens in, bfloat16 rows in the block's buffer out.
+"""The forward pass over a block: tokens in, rounded rows in the block's buffer out.
 
 # B contexts of a batch, T positions, D d_model, R rows
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..storage.errors import InputError, NonFiniteError
+from ..storage.values import BFLOAT16, Rows, ValueType
 from .backoff import BatchRunner, is_out_of_memory
 from .block_buffer import BlockBuffer
 from .row_map import BlockRows
@@ -30,7 +31,7 @@ _IN_FLIGHT = 3  # batches between the device and the buffer
 class _Parcel:
     """Rows of one batch on their way to the host."""
 
-    rows: dict[int, Tensor]  # layer -> bfloat16 (R, D), on the host once `copied` has happened
+    rows: dict[int, Tensor]  # layer -> (R, D), rounded, on the host once `copied` has happened
     is_finite: dict[int, Tensor]
     copied: torch.cuda.Event | None
     deliver: Callable[[dict[int, Tensor], dict[int, Tensor]], None]
@@ -113,10 +114,11 @@ def fill_block(
     copier: HostCopier,
     note_every_s: float,
     advance: Callable[[int], None],
+    values: ValueType = BFLOAT16,
 ) -> None:
     """Run the model over a block's contexts and put the rows into the buffer.
 
-    advance: called with the number of rows each time a batch is in. Raises NonFiniteError, naming
+    values: the number format that rows are rounded to. advance: called with the number of rows each time a batch is in. Raises NonFiniteError, naming
     context and position, when an activation is NaN or Inf.
     """
     row = int(block.kept_CT[: buffer.filled].sum())
@@ -131,8 +133,8 @@ def fill_block(
         for part, activations in runner.run(tokens_BT):
             kept = np.flatnonzero(kept_BT[part])
             rows = slice(row, row + len(kept))
-            deliver = _delivery(buffer, block, rows, advance)
-            copier.put(_kept_rows(activations, kept), deliver)
+            deliver = _delivery(buffer, block, rows, values, advance)
+            copier.put(_kept_rows(activations, kept, values), deliver)
             row = rows.stop
             del activations  # or they would stand beside those of the next batch
         if buffer.wants_note(note_every_s):
@@ -148,14 +150,16 @@ def _uploadable(values: NDArray[np.integer[Any]], device: torch.device) -> Tenso
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def _kept_rows(activations: dict[int, Tensor], kept: NDArray[np.int64]) -> dict[int, Tensor]:
+def _kept_rows(
+    activations: dict[int, Tensor], kept: NDArray[np.int64], values: ValueType
+) -> dict[int, Tensor]:
     rows = {}
     device = next(iter(activations.values())).device
     try:
         where = _uploadable(kept, device).to(device, non_blocking=True)
         for layer, values_BTD in activations.items():
             flat = values_BTD.reshape(-1, values_BTD.shape[-1])
-            rows[layer] = flat.index_select(0, where).to(torch.bfloat16)
+            rows[layer] = flat.index_select(0, where).to(getattr(torch, values.name))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -167,29 +171,41 @@ def _kept_rows(activations: dict[int, Tensor], kept: NDArray[np.int64]) -> dict[
     return rows
 
 
+def in_memory(rows_RD: Tensor, values: ValueType) -> Rows:
+    """Rounded rows on the host as numpy holds them, without a copy."""
+    tensor = rows_RD.view(torch.uint16) if values is BFLOAT16 else rows_RD
+    rows: Rows = tensor.numpy()
+    return rows
+
+
 def _delivery(
-    buffer: BlockBuffer, block: BlockRows, rows: slice, advance: Callable[[int], None]
+    buffer: BlockBuffer,
+    block: BlockRows,
+    rows: slice,
+    values: ValueType,
+    advance: Callable[[int], None],
 ) -> Callable[[dict[int, Tensor], dict[int, Tensor]], None]:
     places_R, source_R = block.places_R[rows], block.source_R[rows]
 
     def deliver(parts: dict[int, Tensor], is_finite: dict[int, Tensor]) -> None:
         for layer, rows_RD in parts.items():
             if not bool(is_finite[layer]):
-                raise _non_finite(layer, rows_RD, source_R, block)
-            buffer.put(layer, places_R, rows_RD.view(torch.uint16).numpy())
+                raise _non_finite(layer, rows_RD, source_R, block, values)
+            buffer.put(layer, places_R, in_memory(rows_RD, values))
         advance(len(places_R))
 
     return deliver
 
 
 def _non_finite(
-    layer: int, rows_RD: Tensor, source_R: NDArray[np.int64], block: BlockRows
+    layer: int, rows_RD: Tensor, source_R: NDArray[np.int64], block: BlockRows, values: ValueType
 ) -> NonFiniteError:
     is_bad_R = ~torch.isfinite(rows_RD).all(dim=1)
     first = int(is_bad_R.nonzero()[0, 0])
     context, position = divmod(int(source_R[first]), block.tokens_CT.shape[1])
+    stored = " and --store-dtype bfloat16" if values.name == "float16" else ""
     return NonFiniteError(
         f"The activation of layer {layer} at context {context}, position {position} of the "
-        f"{block.split} rows is NaN or Inf: the model overflows in this number format. Pass --dtype "
-        "float32 (or bfloat16 if it was float16) with another --out."
+        f"{block.split} rows is NaN or Inf: it overflows in this number format. Pass --dtype "
+        f"float32 (or bfloat16 if it was float16){stored} with another --out."
     )

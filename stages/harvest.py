@@ -13,26 +13,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..storage import open_store, provenance
+from ..storage import ActivationStore, open_store, provenance
 from ..storage.builder import StoreBuilder, is_begun
 from ..storage.corpus import Corpus
+from ..storage.disk import link_tree
 from ..storage.errors import InputError
-from ..storage.files import is_leftover, remove_leftovers
+from ..storage.files import is_leftover, json_digest, remove_leftovers
 from ..storage.info import sealed_shards
 from ..storage.layout import choose_layout
 from ..storage.lock import sole_writer
 from ..storage.manifest import COMPLETE, MANIFEST, TOKENISING
+from ..storage.shuffle import HARVEST_ROWS, Shuffle, measure_shuffle, verdict
+from ..storage.values import Floats
 from ..storage.writer import SplitWriter
 from .block_buffer import FOLDER as BLOCK_FOLDER
-from .corpus import build_corpus
+from .cluster import Cluster, join_cluster, local_cluster
+from .corpus import build_corpus, work_folder
+from .devices import pick_device
 from .harvest_config import HarvestConfig, Target, check_same, request_of, targets
 from .harvest_job import HarvestJob, resolve
 from .harvest_plan import make_plan
-from .harvest_run import Pass, encode_threads, link_tree, run_passes
-from .hooks import HookedModel
-from .models import load_truncated
+from .harvest_run import Crew, OneProcess, Pass, encode_threads
+from .harvest_workers import ManyWorkers
 from .progress import progress
 from .row_map import KeepRule, RowMap
 
@@ -82,15 +84,48 @@ def _harvest(
     show_progress: bool,
     dry_run: bool,
 ) -> None:
-    job = resolve(config, {target.path: b.manifest for target, b in builders.items()})
+    with ExitStack() as processes:  # workers end before the stores' locks are given up
+        job, crew = _job_and_crew(config, todo, builders, processes, say)
+        _do(job, crew, todo, builders, locks, say, show_progress, dry_run)
+
+
+def _job_and_crew(
+    config: HarvestConfig,
+    todo: list[Target],
+    builders: Builders,
+    processes: ExitStack,
+    say: Say,
+) -> tuple[HarvestJob, Crew]:
+    """What is to be done, checked against what was begun, and who does it."""
+    cluster: Cluster | None = None
+    if config.scheduler is not None:  # the device is the workers': none need be here
+        cluster = processes.enter_context(join_cluster(config.scheduler, config.device, say))
+    device = cluster.device if cluster is not None else pick_device(config.device)
+    job = resolve(config, {target.path: b.manifest for target, b in builders.items()}, device)
     for target, builder in builders.items():
         check_same(target.path, builder.manifest["recipe"], job.recipe(target))
     layers = tuple(sorted({target.layer for target in todo}))
-    model = load_truncated(job.info, layers, config.hook, job.device, job.dtype)
+    if config.workers is not None and config.workers > 1:
+        cluster = processes.enter_context(local_cluster(config.workers, config.device, say))
+    if cluster is None:
+        return job, OneProcess(job, layers)
+    return job, ManyWorkers(job, layers, cluster, say)
+
+
+def _do(
+    job: HarvestJob,
+    crew: Crew,
+    todo: list[Target],
+    builders: Builders,
+    locks: ExitStack,
+    say: Say,
+    show_progress: bool,
+    dry_run: bool,
+) -> None:
     new = [t for t in todo if t not in builders or builders[t].state == TOKENISING]
     execution: dict[str, Any] = {}
     if new:
-        plan, execution = make_plan(job, model, new)
+        plan, execution = make_plan(job, crew, new)
         for line in plan.lines():
             say(line)
         plan.check_disk()
@@ -99,16 +134,18 @@ def _harvest(
         _check_batch_contexts(job, target, builder)
     if dry_run:
         return
-    _begin(job, todo, builders, locks)
+    _begin(job, crew, todo, builders, locks)
     _add_corpus(job, builders, new, show_progress=show_progress, say=say)
     maps = _row_maps(job, builders)
+    samples = _calibration(job, crew, new, maps, execution)
     for target in new:
-        _lay_out(job, builders[target], maps[target], execution)
-    _run(job, model, builders, maps, show_progress=show_progress)
+        _lay_out(job, builders[target], maps[target], execution, samples.get(target))
+    _run(crew, builders, maps, show_progress=show_progress)
     for target, builder in builders.items():
         train, heldout = builder.layouts()
         asked = job.corpus.heldout_rows
         fewer = f" ({asked:,} were asked for, but the text is short)"
+        say(f"order     {verdict(builder.manifest['shuffle'])}")
         say(
             f"{target.path} is complete: {train.n_rows:,} training and {heldout.n_rows:,} held-out "
             f"rows{fewer if heldout.n_rows < asked else ''}."
@@ -161,12 +198,14 @@ def _check_free_place(path: Path) -> None:
         )
 
 
-def _begin(job: HarvestJob, todo: list[Target], builders: Builders, locks: ExitStack) -> None:
+def _begin(
+    job: HarvestJob, crew: Crew, todo: list[Target], builders: Builders, locks: ExitStack
+) -> None:
     """Write the manifests of new stores, and note this run in all of them."""
     this_run = {
         "started": provenance.now(),
         "hardware": provenance.hardware(),
-        "device": _device_name(job.device),
+        **crew.about(),
         "versions": provenance.versions(),
     }
     for target in todo:
@@ -181,14 +220,10 @@ def _begin(job: HarvestJob, todo: list[Target], builders: Builders, locks: ExitS
             # Before the manifest: a store that is begun has all that it will not be given again.
             job.tokenizer.save(target.path / "tokenizer.json")
             request, recipe = request_of(job.config, target), job.recipe(target)
-            builders[target] = StoreBuilder.begin(target.path, request, recipe, job.config.codec)
+            builders[target] = StoreBuilder.begin(
+                target.path, request, recipe, job.config.codec, job.config.store_dtype
+            )
         builders[target].record_run(this_run)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return str(device)
 
 
 def _add_corpus(
@@ -196,6 +231,9 @@ def _add_corpus(
 ) -> None:
     """Give every store the token corpus: built once, shared with the stores beside it."""
     without = [target for target in builders if not (target.path / "corpus").is_dir()]
+    for target in builders.keys() - without:
+        # A kill right after the corpus was put to its place leaves what it was made from.
+        shutil.rmtree(work_folder(target.path / "corpus"), ignore_errors=True)
     if not without:
         return
     existing = job.corpus_at
@@ -264,7 +302,11 @@ def _row_maps(job: HarvestJob, builders: Builders) -> dict[Target, RowMaps]:
 
 
 def _lay_out(
-    job: HarvestJob, builder: StoreBuilder, maps: RowMaps, execution: dict[str, Any]
+    job: HarvestJob,
+    builder: StoreBuilder,
+    maps: RowMaps,
+    execution: dict[str, Any],
+    sample_RD: Floats | None,
 ) -> None:
     """Fix the sizes, now that it is known how many rows the text gives."""
     n_rows, n_heldout = (rows.available_rows for rows in maps)
@@ -272,32 +314,48 @@ def _lay_out(
         n_rows = min(n_rows, job.config.tokens)
     elif job.corpus.train_rows is not None:
         n_rows = min(n_rows, job.corpus.train_rows)
+    d_in, codec = job.info.d_model, job.config.stored_as
     builder.lay_out(
-        choose_layout(
-            n_rows=n_rows,
-            d_in=job.info.d_model,
-            block_bytes=job.config.block_bytes,
-            shard_rows=job.config.shard_rows,
-        ),
+        job.config.layout(n_rows, d_in),
         choose_layout(
             n_rows=min(n_heldout, job.corpus.heldout_rows),
-            d_in=job.info.d_model,
+            d_in=d_in,
             block_bytes=0,
+            chunk_rows=codec.chunk_rows(d_in),
         ),
         execution,
+        sample_RD,
     )
+
+
+def _calibration(
+    job: HarvestJob,
+    crew: Crew,
+    new: list[Target],
+    maps: dict[Target, RowMaps],
+    execution: dict[str, Any],
+) -> dict[Target, Floats]:
+    """The first rows of each new store, for codecs that are fitted to them: (R, D) by store."""
+    samples: dict[Target, Floats] = {}
+    if not job.config.stored_as.is_lossy:
+        return samples
+    for p in dict.fromkeys(target.mask_p for target in new):
+        members = [target for target in new if target.mask_p == p]
+        by_layer = crew.first_rows(
+            maps[members[0]][0],
+            tuple(sorted({target.layer for target in members})),
+            int(execution["batch_contexts"]),
+            job.config.stored_as.values,
+        )
+        samples |= {target: by_layer[target.layer] for target in members}
+    return samples
 
 
 # --- the run ---
 
 
 def _run(
-    job: HarvestJob,
-    model: HookedModel,
-    builders: Builders,
-    maps: dict[Target, RowMaps],
-    *,
-    show_progress: bool,
+    crew: Crew, builders: Builders, maps: dict[Target, RowMaps], *, show_progress: bool
 ) -> None:
     with ThreadPoolExecutor(encode_threads(), thread_name_prefix="encode") as pool:
         writers = {target: builder.writers(pool) for target, builder in builders.items()}
@@ -305,16 +363,28 @@ def _run(
         total = sum(job_pass.layout.n_rows for job_pass in passes)
         execution = next(iter(builders.values())).manifest["execution"]
         with progress(total, "harvest", "rows", show=show_progress) as bar:
-            run_passes(
-                model,
-                passes,
-                note_every_s=job.config.note_every_s,
-                tokens_per_s=execution["tokens_per_s"],
-                bar=bar,
-            )
+            bar.initial = bar.n = sum(job_pass.rows_done() for job_pass in passes)
+            bar.refresh()
+            crew.run(passes, execution["tokens_per_s"], bar)
+        measure = _ShuffleMeasure()
         for target, builder in builders.items():
-            builder.finish(*writers[target])
+            builder.finish(*writers[target], measure)
             shutil.rmtree(target.path / BLOCK_FOLDER, ignore_errors=True)
+
+
+class _ShuffleMeasure:
+    """`measure_shuffle` of finished stores; those of several layers have the same rows."""
+
+    def __init__(self) -> None:
+        self._measured: dict[str, Shuffle] = {}
+
+    def __call__(self, store: ActivationStore) -> Shuffle:
+        entry = store.manifest["train"]
+        files = [shard["files"]["source"]["sha256"] for shard in entry["shards"]]
+        same = json_digest([store.manifest["corpus"], entry["layout"], files])
+        if same not in self._measured:
+            self._measured[same] = measure_shuffle(store, max_rows=HARVEST_ROWS)
+        return self._measured[same]
 
 
 def _passes(
@@ -340,7 +410,12 @@ def _passes(
             key = (label, layout, contexts)
             if key not in group:
                 group[key] = Pass(
-                    label=label, rows=rows, layout=layout, batch_contexts=contexts, writers={}
+                    label=label,
+                    rows=rows,
+                    layout=layout,
+                    batch_contexts=contexts,
+                    values=writer.codec.values,
+                    writers={},
                 )
             group[key].writers.setdefault(target.layer, []).append(writer)
     return [*heldout.values(), *training.values()]

@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..storage.codecs import get_codec
+from ..storage.codecs import Codec, get_codec
 from ..storage.errors import InputError
+from ..storage.layout import Layout, choose_layout
 from .masking import DEFAULT_MASK_STRING
 from .sources import TextConfig
 from .taps import DEFAULT_HOOK
@@ -25,9 +26,12 @@ class HarvestConfig:
 
     tokens: training rows of each store (None: 500 million, or all the text if it is shorter);
     heldout_tokens: held-out rows (None: a million or 1 %, the smaller); context_size: None for the
-    smaller of 1024 and the model's maximum; batch_contexts: None to choose; block_bytes: raw bytes
+    smaller of 1024 and the model's maximum; batch_contexts: None to choose; store_dtype: the number
+    format that values are rounded to; codec: how they are compressed; block_bytes: raw bytes
     of the blocks that the rows of one layer are shuffled in (two are in memory for each layer);
     note_every_s: a block that takes longer than this to fill is kept on disk and noted this often.
+    workers: processes of this machine that make blocks (None or 1: this process does);
+    scheduler: address of a Dask cluster whose workers make them instead.
     """
 
     model: str
@@ -47,15 +51,18 @@ class HarvestConfig:
     heldout_tokens: int | None = None
     seed: int = 0
     codec: str = "lossless"
+    store_dtype: str = "bfloat16"
     device: str = "auto"
     dtype: str = "auto"
     batch_contexts: int | None = None
     block_bytes: int = DEFAULT_BLOCK_BYTES
     shard_rows: int | None = None
     note_every_s: float = 60.0
+    workers: int | None = None
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
-        get_codec(self.codec)
+        get_codec(self.codec, self.store_dtype)
         for p in self.mask_p:
             if not 0.0 <= p <= 1.0:  # also refuses NaN
                 raise InputError(
@@ -73,9 +80,15 @@ class HarvestConfig:
             ("--batch-contexts", self.batch_contexts),
             ("--block-gb", self.block_bytes),
             ("--shard-rows", self.shard_rows),
+            ("--workers", self.workers),
         ):
             if value is not None and value < 1:
                 raise InputError(f"{flag} is {value}, and has to be at least 1.")
+        if self.workers is not None and self.scheduler is not None:
+            raise InputError(
+                "--workers starts processes on this machine, and --scheduler takes those of a "
+                "cluster that runs already. Pass one of them."
+            )
         if self.context_size is not None and self.context_size < 2:
             raise InputError(
                 f"--context-size is {self.context_size}, and has to be at least 2: the first "
@@ -83,6 +96,22 @@ class HarvestConfig:
             )
         if self.heldout_tokens is not None and self.heldout_tokens < 0:
             raise InputError(f"--heldout-tokens is {self.heldout_tokens}, and has to be 0 or more.")
+
+    @property
+    def stored_as(self) -> Codec:
+        """The codec, before it has seen a row."""
+        return get_codec(self.codec, self.store_dtype)
+
+    def layout(self, n_rows: int, d_in: int) -> Layout:
+        """The layout of the training rows."""
+        return choose_layout(
+            n_rows=n_rows,
+            d_in=d_in,
+            block_bytes=self.block_bytes,
+            shard_rows=self.shard_rows,
+            value_bytes=self.stored_as.values.bytes,
+            chunk_rows=self.stored_as.chunk_rows(d_in),
+        )
 
 
 @dataclass(frozen=True)
@@ -123,8 +152,10 @@ def request_of(config: HarvestConfig, target: Target) -> Request:
     asked = asdict(config)
     for name in ("out", "layers", "mask_p", "device", "batch_contexts", "note_every_s"):
         del asked[name]
+    del asked["workers"], asked["scheduler"]
     text = asked.pop("text")
     text["dataset_revision"] = text.pop("revision")  # the model has a revision too
+    asked["codec"] = config.stored_as.spelling
     # A local path is one place however it is spelt and from wherever the command is run.
     asked["model"] = _whole_path(config.model)
     text["dataset"] = _whole_path(config.text.dataset)

@@ -14,7 +14,7 @@ import torch
 from ..storage.corpus import CORPUS_JSON, Corpus
 from ..storage.errors import InputError, StoreError
 from .corpus import CorpusConfig, corpus_recipe
-from .devices import pick_device, pick_dtype
+from .devices import pick_dtype
 from .harvest_config import (
     DEFAULT_CONTEXT_SIZE,
     DEFAULT_TOKENS,
@@ -85,21 +85,24 @@ class HarvestJob:
             "rows": self.config.tokens,
             "corpus": self.corpus_recipe,
             "seed": self.config.seed,
-            "codec": self.config.codec,
+            "codec": self.config.stored_as.spelling,
+            "store_dtype": self.config.store_dtype,
         }
 
 
-def resolve(config: HarvestConfig, begun: dict[Path, dict[str, Any]]) -> HarvestJob:
+def resolve(
+    config: HarvestConfig, begun: dict[Path, dict[str, Any]], device: torch.device
+) -> HarvestJob:
     """Look at model, tokenizer and text.
 
-    begun: manifests of the stores that this harvest has begun already, by their paths. Raises
-    InputError or NetworkError for whatever does not work.
+    begun: manifests of the stores that this harvest has begun already, by their paths; device:
+    that the model will run on, here or where the workers are. Raises InputError or NetworkError
+    for whatever does not work.
     """
     recipe = next(iter(begun.values()))["recipe"] if begun else None
     info = inspect_model(config.model, _pinned_model(config, recipe))
     check_layer(info, config.layers, config.hook)
     context_size = _context_size(config, info)
-    device = pick_device(config.device)
     tokenizer = TextTokenizer.load(info.source, info.commit)
     mask_id = tokenizer.mask_id(config.mask_string)
     source = None

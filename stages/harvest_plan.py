@@ -1,45 +1,40 @@
 """The plan of a harvest: a short measured warm-up on its own text, and what follows from it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..storage import provenance
 from ..storage.corpus import Corpus
+from ..storage.disk import free_bytes, human_bytes
 from ..storage.errors import InputError
-from ..storage.layout import choose_layout
-from .backoff import find_batch_size
 from .harvest_config import Target
 from .harvest_job import HarvestJob, estimated_tokens
-from .hooks import HookedModel
-from .plan import Plan, free_bytes, human_bytes, measure
+from .harvest_run import Crew, Host
+from .plan import Plan
 
-_MEMORY_SHARE = 0.7  # of the machine's memory, for blocks
+_MEMORY_SHARE = 0.7  # of a machine's memory, for blocks
 _SAMPLE_CONTEXTS = 64
 
 
-def make_plan(
-    job: HarvestJob, model: HookedModel, new: list[Target]
-) -> tuple[Plan, dict[str, Any]]:
+def make_plan(job: HarvestJob, crew: Crew, new: list[Target]) -> tuple[Plan, dict[str, Any]]:
     """What the new stores will take, and how their rows will be computed (for their manifests)."""
     batch_contexts = job.config.batch_contexts
     if batch_contexts is None:
-        batch_contexts = find_batch_size(model, job.corpus.context_size)
+        batch_contexts = crew.batch_contexts(job.corpus.context_size)
     sample = _sample(job, min(batch_contexts, _SAMPLE_CONTEXTS))
-    rates = measure(model, sample, job.config)
+    rates = crew.rates(sample)
+    hosts = crew.hosts()
+    n_workers = sum(host.workers for host in hosts)
     layers = {target.layer for target in new}
     rows = job.config.tokens or job.corpus.train_rows or _rows_of_text(job)
-    layout = choose_layout(
-        n_rows=rows,
-        d_in=job.info.d_model,
-        block_bytes=job.config.block_bytes,
-        shard_rows=job.config.shard_rows,
-    )
-    block_bytes = layout.block_rows * layout.d_in * 2 * len(layers)
+    layout = job.config.layout(rows, job.info.d_model)
+    value_bytes = job.config.stored_as.values.bytes
+    block_bytes = layout.block_rows * layout.d_in * value_bytes * len(layers)
     block_seconds = layout.block_rows / rates.tokens_per_s
-    on_disk = block_seconds > job.config.note_every_s
-    _check_memory(2 * block_bytes, len(layers))
+    on_disk = crew.keeps_notes and block_seconds > job.config.note_every_s
+    _check_memory(2 * block_bytes, len(layers), hosts)
     plan = Plan(
         n_stores=len(new),
         n_passes=len({target.mask_p for target in new}),
@@ -49,7 +44,8 @@ def make_plan(
         context_size=job.corpus.context_size,
         layout=layout,
         rates=rates,
-        memory_bytes=2 * block_bytes,
+        n_workers=n_workers,
+        memory_bytes=2 * block_bytes * n_workers,
         work_bytes=2 * block_bytes if on_disk else 0,
         free_bytes=free_bytes(new[0].path.absolute()),
         folder=new[0].path.absolute().parent,
@@ -62,15 +58,21 @@ def make_plan(
     return plan, execution
 
 
-def _check_memory(needed: int, n_layers: int) -> None:
-    """InputError, with the flag that would make it fit, when the blocks need too much memory."""
-    room = provenance.memory_bytes() * _MEMORY_SHARE
-    if needed > room:
-        raise InputError(
-            f"Two blocks for each of {n_layers} layers need {human_bytes(needed)} of memory, and "
-            f"this machine has {human_bytes(provenance.memory_bytes())}. Pass --block-gb "
-            f"{room / (2 * n_layers) / 1e9:.2g} or less, or fewer --layer at once."
-        )
+def _check_memory(of_worker: int, n_layers: int, hosts: Sequence[Host]) -> None:
+    """InputError, with the flag that would make it fit, when the blocks need too much memory.
+
+    of_worker: bytes of the blocks that one process holds.
+    """
+    for host in hosts:
+        needed, room = of_worker * host.workers, host.memory_bytes * _MEMORY_SHARE
+        if needed > room:
+            several = f" in each of {host.workers} worker processes" if host.workers > 1 else ""
+            raise InputError(
+                f"Two blocks for each of {n_layers} layers{several} need {human_bytes(needed)} of "
+                f"memory, and {host.name} has {human_bytes(host.memory_bytes)}. Pass --block-gb "
+                f"{room / (2 * n_layers * host.workers) / 1e9:.2g} or less, or fewer --layer at "
+                f"once{' or fewer workers' if several else ''}."
+            )
 
 
 def _rows_of_text(job: HarvestJob) -> int:

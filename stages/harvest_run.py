@@ -6,24 +6,28 @@ resuming.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from ..storage.codecs.base import Bits
-from ..storage.files import fsync_folder
+from ..storage import provenance
 from ..storage.layout import Layout
+from ..storage.values import Floats, Rows, ValueType
 from ..storage.writer import SplitWriter
-from .backoff import BatchRunner
+from .backoff import BatchRunner, find_batch_size
 from .block_buffer import BlockBuffer
+from .calibration import first_rows
 from .forward import HostCopier, fill_block
+from .harvest_job import HarvestJob
 from .hooks import HookedModel
+from .models import load_truncated
+from .plan import Rates, measure
 from .row_map import BlockRows, RowMap
 
 _SEALING_THREADS = 3
@@ -41,6 +45,7 @@ class Pass:
     rows: RowMap
     layout: Layout
     batch_contexts: int
+    values: ValueType
     writers: dict[int, list[SplitWriter]]
 
     def missing(self, block: int) -> set[int]:
@@ -77,7 +82,7 @@ class BlockPipeline:
         self._sealing = ThreadPoolExecutor(_SEALING_THREADS, thread_name_prefix="seal")
         self._runners: dict[tuple[tuple[int, ...], int], BatchRunner] = {}
         self._behind: Future[None] | None = None
-        self._spare: list[dict[int, Bits]] = []
+        self._spare: list[dict[int, Rows]] = []
 
     def run_all(self, tasks: Sequence[tuple[Pass, int]]) -> None:
         """Fill the blocks in order; what is to be in the next one is worked out meanwhile."""
@@ -93,6 +98,12 @@ class BlockPipeline:
 
     def _run(self, job: Pass, block: int, rows: BlockRows) -> None:
         """Fill one block and hand it over to be written."""
+        buffer = self.fill(job, block, rows)
+        self.wait()
+        self._behind = self._writing.submit(self.write, job, rows, buffer, job.missing(block))
+
+    def fill(self, job: Pass, block: int, rows: BlockRows) -> BlockBuffer:
+        """Run the model over a block; its rows, in stored order. One at a time."""
         buffer = self._buffer(job, block, rows)
         fill_block(
             self._runner(job),
@@ -102,9 +113,9 @@ class BlockPipeline:
             copier=self._copier,
             note_every_s=self._note_every_s,
             advance=self._advance,
+            values=job.values,
         )
-        self.wait()
-        self._behind = self._writing.submit(self._write, job, rows, buffer, job.missing(block))
+        return buffer
 
     def _runner(self, job: Pass) -> BatchRunner:
         """One for all blocks: a batch that had to be halved stays halved."""
@@ -120,15 +131,17 @@ class BlockPipeline:
         tokens = rows.n_contexts * job.rows.table.context_size
         if tokens / self._tokens_per_s > self._note_every_s:
             stores = {layer: writers[0].root for layer, writers in job.writers.items()}
-            return BlockBuffer.on_disk(stores, f"{job.label}-{block}", rows.n_rows, d_model)
+            label = f"{job.label}-{block}"
+            return BlockBuffer.on_disk(stores, label, rows.n_rows, d_model, job.values)
         # Memory is taken once and used again: fresh pages cost more than filling them.
         whole = self._spare.pop() if self._spare else {}
         for layer in job.writers:
             if layer not in whole or len(whole[layer]) < rows.n_rows:
-                whole[layer] = np.empty((rows.n_rows, d_model), np.uint16)
+                whole[layer] = np.empty((rows.n_rows, d_model), job.values.memory)
         return BlockBuffer.in_memory(whole)
 
-    def _write(self, job: Pass, rows: BlockRows, buffer: BlockBuffer, missing: set[int]) -> None:
+    def write(self, job: Pass, rows: BlockRows, buffer: BlockBuffer, missing: set[int]) -> None:
+        """Write the shards of a filled block that are missing, and give its memory back."""
         source_R, masked_R = rows.stored(rows.source_R), rows.stored(rows.masked_R)
         jobs: list[Future[None]] = []
         for layer, writers in job.writers.items():
@@ -158,6 +171,98 @@ class BlockPipeline:
             pool.shutdown(wait=True)
 
 
+def blocks_to_do(passes: list[Pass]) -> list[tuple[Pass, int]]:
+    """Blocks with missing shards, all passes together so that their stores grow alike."""
+    blocks = range(max((job.layout.n_blocks for job in passes), default=0))
+    return [
+        (job, block)
+        for block in blocks
+        for job in passes
+        if block < job.layout.n_blocks and job.missing(block)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A machine that blocks are made on; name: for messages; workers: processes there."""
+
+    name: str
+    memory_bytes: int
+    workers: int
+
+
+class Crew(Protocol):
+    """Who runs the model: this process, or workers (`harvest_workers.ManyWorkers`).
+
+    keeps_notes: whether a block that takes long is kept in a file, to go on with after a crash.
+    """
+
+    keeps_notes: bool
+
+    def batch_contexts(self, context_size: int) -> int:
+        """Contexts a forward pass that suit the device."""
+
+    def rates(self, sample_BT: NDArray[np.uint32]) -> Rates:
+        """How fast one process runs these contexts, and how well their rows compress."""
+
+    def first_rows(
+        self, rows: RowMap, layers: tuple[int, ...], batch_contexts: int, values: ValueType
+    ) -> dict[int, Floats]:
+        """The first rows of a split, by layer: see `calibration.first_rows`."""
+
+    def hosts(self) -> list[Host]:
+        """Where the processes are."""
+
+    def about(self) -> dict[str, Any]:
+        """Device and processes, for the manifest."""
+
+    def run(self, passes: list[Pass], tokens_per_s: float, bar: Any) -> None:
+        """Make and write every block of the passes that has missing shards."""
+
+
+class OneProcess:
+    """This process does everything."""
+
+    keeps_notes = True
+
+    def __init__(self, job: HarvestJob, layers: tuple[int, ...]) -> None:
+        self._config = job.config
+        self._model = load_truncated(job.info, layers, job.config.hook, job.device, job.dtype)
+
+    def batch_contexts(self, context_size: int) -> int:
+        return find_batch_size(self._model, context_size)
+
+    def rates(self, sample_BT: NDArray[np.uint32]) -> Rates:
+        return measure(self._model, sample_BT, self._config)
+
+    def first_rows(
+        self, rows: RowMap, layers: tuple[int, ...], batch_contexts: int, values: ValueType
+    ) -> dict[int, Floats]:
+        return first_rows(self._model, rows, layers, batch_contexts, values)
+
+    def hosts(self) -> list[Host]:
+        return [Host(name="this machine", memory_bytes=provenance.memory_bytes(), workers=1)]
+
+    def about(self) -> dict[str, Any]:
+        return {"device": device_name(self._model.device)}
+
+    def run(self, passes: list[Pass], tokens_per_s: float, bar: Any) -> None:
+        run_passes(
+            self._model,
+            passes,
+            note_every_s=self._config.note_every_s,
+            tokens_per_s=tokens_per_s,
+            bar=bar,
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """A device with the name of the GPU."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
+
 def run_passes(
     model: HookedModel,
     passes: list[Pass],
@@ -166,23 +271,12 @@ def run_passes(
     tokens_per_s: float,
     bar: Any,
 ) -> None:
-    """Run every pass, block by block, all passes together so that their stores grow alike."""
-    done = sum(job.rows_done() for job in passes)
-    bar.initial = bar.n = done
-    bar.refresh()
+    """Run every pass, block by block."""
     pipeline = BlockPipeline(
         model, note_every_s=note_every_s, tokens_per_s=tokens_per_s, advance=bar.update
     )
     try:
-        blocks = range(max((job.layout.n_blocks for job in passes), default=0))
-        pipeline.run_all(
-            [
-                (job, block)
-                for block in blocks
-                for job in passes
-                if block < job.layout.n_blocks and job.missing(block)
-            ]
-        )
+        pipeline.run_all(blocks_to_do(passes))
     finally:
         pipeline.close()
 
@@ -190,24 +284,3 @@ def run_passes(
 def encode_threads() -> int:
     """Threads that encode chunks: blosc lets the interpreter go, so all cores can."""
     return os.cpu_count() or 1
-
-
-def link_tree(source: Path, target: Path) -> None:
-    """Make `target` hold the files of `source`, without copying them where the disk allows.
-
-    Files of a store are never changed in place, only replaced, so sharing them is safe.
-    """
-    unfinished = target.with_name(f".{target.name}.linking")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(source, unfinished, copy_function=_link_or_copy)
-    os.replace(unfinished, target)
-    fsync_folder(target.parent)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or a file system without links
-        shutil.copy2(source, target)
-        with open(target, "rb") as copied:
-            os.fsync(copied.fileno())

@@ -64,6 +64,7 @@ def top_activations(
             f"Store {store.path} has d_in={store.d_in}, but the SAE expects {sae.d_in}. "
             "Pass the store that it was fitted from."
         )
+    _ = store.corpus  # without tokens there is nothing to show: say so before the rows are read
     n_rows = store.heldout.n_rows
     if max_rows is not None:
         n_rows = min(n_rows, max_rows)

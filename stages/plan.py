@@ -3,7 +3,6 @@
 # B contexts of a batch, T positions, R rows, D d_model
 """
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..storage.codecs import get_codec
-from ..storage.codecs.base import widen
+from ..storage.disk import human_bytes
 from ..storage.errors import DiskError
 from ..storage.layout import VALUE_BYTES, Layout
+from ..storage.values import Rows, ValueType
 from .backoff import BatchRunner
+from .forward import in_memory
 from .harvest_config import HarvestConfig
 from .hooks import HookedModel
 
@@ -41,6 +41,7 @@ class Plan:
 
     n_stores: int
     n_passes: int
+    n_workers: int  # processes that share the work
     rows: int
     heldout_rows: int
     d_in: int
@@ -79,11 +80,22 @@ class Plan:
     def seconds(self) -> float:
         """Expected time of the forward passes, which everything else overlaps with."""
         tokens = self.rows * self.n_passes + self.heldout_rows
-        return tokens * self.context_size / (self.context_size - 1) / self.rates.tokens_per_s
+        return tokens * self.context_size / (self.context_size - 1) / self._tokens_per_s
+
+    @property
+    def _tokens_per_s(self) -> float:
+        """Of all workers together: less than n_workers times one where they share a host's cores."""
+        return self.rates.tokens_per_s * self.n_workers
 
     def lines(self) -> list[str]:
         """The plan as it is printed."""
         shards = self.layout.n_shards
+        workers, blocks = self.n_workers, self.layout.n_blocks * self.n_passes
+        by_workers = f" in {workers} workers" if workers > 1 else ""
+        few = (
+            f"work      {_count(blocks, 'block')} for {workers} workers: some have nothing to do; a "
+            "smaller --block-gb makes more blocks"
+        )
         return [
             (
                 f"rows      {self.rows:,} training and {self.heldout_rows:,} held-out rows of "
@@ -100,9 +112,10 @@ class Plan:
                 f"{self.layout.block_rows:,} rows, beside the model"
             ),
             (
-                f"time      about {human_time(self.seconds)} at {self.rates.tokens_per_s:,.0f} "
-                f"tokens/s, {_count(self.n_passes, 'forward pass', 'es')} over the text"
+                f"time      about {human_time(self.seconds)} at {self._tokens_per_s:,.0f} "
+                f"tokens/s{by_workers}, {_count(self.n_passes, 'forward pass', 'es')} over the text"
             ),
+            *([few] if blocks < workers else []),
         ]
 
     def check_disk(self) -> None:
@@ -125,45 +138,28 @@ def measure(model: HookedModel, sample_BT: NDArray[np.integer], config: HarvestC
     """Run a batch of real contexts a few times, and compress its rows."""
     tokens_BT = torch.from_numpy(sample_BT.astype(np.int64))
     runner = BatchRunner(model, len(tokens_BT))
-    rows_RD = _run(runner, tokens_BT)  # warms up; its time does not count
+    rows_RD = _run(runner, tokens_BT, config.stored_as.values)  # warms up; its time does not count
     begun, done = time.perf_counter(), 0
     while done == 0 or (time.perf_counter() - begun < _WARM_UP_S and done < 50):
-        _run(runner, tokens_BT)
+        _run(runner, tokens_BT, config.stored_as.values)
         done += 1
     seconds = time.perf_counter() - begun
     values_RD = np.empty(rows_RD.shape, np.float32)
-    widen(rows_RD, values_RD)
-    stored = len(get_codec(config.codec).encode(values_RD))
+    config.stored_as.values.to_floats(rows_RD, values_RD)
+    stored = sum(map(len, config.stored_as.calibrated(values_RD).encode(values_RD)))
     return Rates(
         tokens_per_s=tokens_BT.numel() * done / seconds,
         bytes_per_value=stored / values_RD.size,
     )
 
 
-def _run(runner: BatchRunner, tokens_BT: torch.Tensor) -> NDArray[np.uint16]:
+def _run(runner: BatchRunner, tokens_BT: torch.Tensor, values: ValueType) -> Rows:
     """One pass; a few of its rows on the host, which also waits for the device."""
     rows_RD = torch.empty(0)
     for _, activations in runner.run(tokens_BT):
         layer = next(iter(activations.values()))
         rows_RD = layer[:, 1:].reshape(-1, layer.shape[-1])[:_SAMPLE_ROWS]
-    bits: NDArray[np.uint16] = rows_RD.to(torch.bfloat16).cpu().view(torch.uint16).numpy()
-    return bits
-
-
-def free_bytes(path: Path) -> int:
-    """Free space of the disk that a path is, or will be, on."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def human_bytes(n: float) -> str:
-    """Bytes for people, in powers of ten as disks are sold."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "bytes" or n >= 100 else f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
+    return in_memory(rows_RD.to(getattr(torch, values.name)).cpu(), values)
 
 
 def human_time(seconds: float) -> str:

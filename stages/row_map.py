@@ -8,6 +8,7 @@ block the rows are permuted, so that every block, shard and chunk is a fair samp
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -83,8 +84,18 @@ class BlockRows:
         return out
 
 
+@dataclass(frozen=True)
+class Span:
+    """Where a block lies in the text: its contexts, [begin, end), and the number of the first row
+    of the first of them. All that has to be counted to make its rows."""
+
+    begin: int
+    end: int
+    first_number: int
+
+
 class RowMap:
-    """The rows of one split under one mask ratio."""
+    """The rows of one split under one mask ratio. They are counted when that is first needed."""
 
     def __init__(
         self,
@@ -100,19 +111,19 @@ class RowMap:
         counted_by: a map of the same table and rule: unless masked rows are left out, its rows are
         those of any mask ratio, and the tokens need not be counted again.
         """
-        self.table, self.rule, self.mask, self._shuffle_seed = table, rule, mask, shuffle_seed
-        is_counted = counted_by is not None and not rule.drop_masked
-        self._starts: NDArray[np.int64] = (
-            counted_by._starts if counted_by and is_counted else self._count()
-        )
+        self.table, self.rule, self.mask, self.shuffle_seed = table, rule, mask, shuffle_seed
+        self._counted_by = None if rule.drop_masked else counted_by
 
     @property
     def available_rows(self) -> int:
         """Rows that the corpus holds under this rule."""
         return int(self._starts[-1])
 
-    def _count(self) -> NDArray[np.int64]:
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
         """First row of each context, and the total at the end: (n_contexts + 1,)."""
+        if self._counted_by is not None:
+            return self._counted_by._starts
         counts = np.zeros(self.table.n_contexts + 1, np.int64)
         for start in range(0, self.table.n_contexts, _SLICE_CONTEXTS):
             stop = min(start + _SLICE_CONTEXTS, self.table.n_contexts)
@@ -138,20 +149,30 @@ class RowMap:
 
     def block(self, layout: Layout, block: int) -> BlockRows:
         """The rows of one block of a layout."""
+        return self.rows(layout, block, self.span(layout, block))
+
+    def span(self, layout: Layout, block: int) -> Span:
+        """Where a block lies in the text."""
         first, last = layout.rows_of_block(block)
         begin = int(np.searchsorted(self._starts, first, side="right")) - 1
         end = int(np.searchsorted(self._starts, last, side="left"))
+        return Span(begin, end, int(self._starts[begin]))
+
+    def rows(self, layout: Layout, block: int, span: Span) -> BlockRows:
+        """The rows of a block whose place is known; the rows before it need not be counted."""
+        first, last = layout.rows_of_block(block)
+        begin, end = span.begin, span.end
         tokens_CT, lengths_C = self.table.tokens(begin, end), self.table.lengths(begin, end)
         masked_tokens_CT, is_masked_CT = self._masked(tokens_CT, begin)
         kept_CT = self.rule.keeps(tokens_CT, lengths_C, is_masked_CT)
         # Rows of the first and last context that belong to a neighbouring block.
-        numbers = int(self._starts[begin]) + np.arange(int(kept_CT.sum()))
+        numbers = span.first_number + np.arange(int(kept_CT.sum()))
         kept_CT[kept_CT] = (numbers >= first) & (numbers < last)
         n_rows = last - first
-        if self._shuffle_seed is None:
+        if self.shuffle_seed is None:
             places_R = np.arange(n_rows, dtype=np.int64)
         else:
-            places_R = permutation(stream_key(self._shuffle_seed, "rows", block), n_rows)
+            places_R = permutation(stream_key(self.shuffle_seed, "rows", block), n_rows)
         context_C, position_C = np.nonzero(kept_CT)
         return BlockRows(
             split={"train": "training", "heldout": "held-out"}[self.table.split],

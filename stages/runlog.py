@@ -1,5 +1,6 @@
 """What a running fit tells: lines for metrics.jsonl, a progress bar, or sparse lines in a log."""
 
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -41,6 +42,11 @@ class RunLog:
     def advance(self) -> None:
         """Count one step; cheap."""
         self._bar.update()
+
+    def say(self, line: str) -> None:
+        """Show a line above the bar."""
+        if not self._bar.disable:
+            self._bar.write(line, file=sys.stderr)
 
     def record(
         self, step: int, values: Mapping[str, float], heldout: Mapping[str, float], waited_s: float

@@ -4,13 +4,17 @@ Every step leaves a folder that the next run of the same command can go on with.
 """
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from . import provenance, zarr_metadata
-from .codecs import get_codec
+from .codecs import Codec, codec_of, get_codec
 from .corpus import CORPUS_JSON, Corpus
 from .files import file_digest
 from .layout import Layout
@@ -28,7 +32,12 @@ from .manifest import (
     read_manifest,
     write_manifest,
 )
+from .statistics import Distortion, Moments
+from .store import ActivationStore
+from .values import Floats
 from .writer import SplitWriter, write_vectors
+
+Measure = Callable[[ActivationStore], dict[str, Any]]
 
 
 class StoreBuilder:
@@ -38,25 +47,40 @@ class StoreBuilder:
         self.path, self.manifest = path, manifest
 
     @classmethod
-    def begin(cls, path: Path, request: dict[str, Any], recipe: dict[str, Any], codec: str) -> Self:
+    def begin(
+        cls,
+        path: Path,
+        request: dict[str, Any] | None,
+        recipe: dict[str, Any],
+        codec: str,
+        store_dtype: str = "bfloat16",
+        origin: dict[str, Any] | None = None,
+    ) -> Self:
         """Write the manifest of a new store: the recipe stands before the first row.
 
-        request: what the user asked for, compared when the command is run again; recipe: the same
-        with everything resolved (revisions, token ids), the part that is hashed.
+        request: what the user asked a harvest for, compared when the command is run again, None
+        where the rows come from elsewhere; recipe: the same with everything resolved (revisions,
+        token ids), the part that is hashed; origin: for `provenance`, where the rows come from.
         """
         path.mkdir(parents=True, exist_ok=True)
+        encoder = get_codec(codec, store_dtype)
         manifest: Manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "state": TOKENISING,
-            "request": request,
+            **({} if request is None else {"request": request}),
             "recipe": recipe,
-            "codec": codec,
-            "values": "bfloat16, round-to-nearest-even, in a float32 array",
+            "codec": encoder.spelling,
+            "encoding": {
+                "dtype": encoder.values.name,
+                "rounding": encoder.values.rounding,
+                "container": encoder.container,
+            },
             "provenance": {
                 "command": provenance.command_line(),
                 "versions": provenance.versions(),
                 "runs": [],
+                **(origin or {}),
             },
         }
         write_manifest(path, manifest)
@@ -71,13 +95,39 @@ class StoreBuilder:
     def state(self) -> str:
         return str(self.manifest["state"])
 
-    def lay_out(self, train: Layout, heldout: Layout, execution: dict[str, Any]) -> None:
-        """Fix the sizes and how the rows are computed, once the corpus is there."""
-        corpus = Corpus(self.path / "corpus")
+    @property
+    def uncalibrated_codec(self) -> Codec:
+        """The codec as it was asked for."""
+        return get_codec(self.manifest["codec"], self.manifest["encoding"]["dtype"])
+
+    @property
+    def codec(self) -> Codec:
+        """The codec that the rows are stored with; there once the store is laid out."""
+        return codec_of(self.manifest)
+
+    def lay_out(
+        self,
+        train: Layout,
+        heldout: Layout,
+        execution: dict[str, Any],
+        sample_RD: Floats | None = None,
+        *,
+        has_corpus: bool = True,
+    ) -> None:
+        """Fix the sizes and how the rows are computed and stored, once the corpus is there.
+
+        sample_RD: rows that a codec with parameters is fitted to; the others do without.
+        has_corpus: False for rows whose tokens are not known.
+        """
+        codec = self.uncalibrated_codec
+        if codec.is_lossy:
+            assert sample_RD is not None
+            self.manifest["encoding"]["parameters"] = codec.calibrated(sample_RD).parameters
+        corpus = Corpus(self.path / "corpus").digest if has_corpus else None
         self.manifest |= {
             "state": HARVESTING,
             "execution": execution,
-            "corpus": {"digest": corpus.digest},
+            "corpus": {"digest": corpus},
             "train": {"layout": _as_json(train), "shards": []},
             "heldout": {"layout": _as_json(heldout), "shards": []},
         }
@@ -85,7 +135,14 @@ class StoreBuilder:
         write_manifest(self.path, self.manifest)
 
     def _write_zarr_metadata(self, train: Layout, heldout: Layout) -> None:
-        codec = get_codec(self.manifest["codec"])
+        members, corpus = self.zarr_members(train, heldout)
+        zarr_metadata.write_metadata(self.path, members, already_there=corpus)
+
+    def zarr_members(
+        self, train: Layout, heldout: Layout
+    ) -> tuple[dict[str, zarr_metadata.Metadata], dict[str, zarr_metadata.Metadata]]:
+        """zarr.json of what stands below the root, by path; and of what the corpus brings along."""
+        codec = self.codec
         group = zarr_metadata.group
         members = {
             "activations": zarr_metadata.activations_array(train, codec),
@@ -98,11 +155,13 @@ class StoreBuilder:
             "statistics/mean": zarr_metadata.vector_array(train.d_in),
             "statistics/variance": zarr_metadata.vector_array(train.d_in),
         }
+        if codec.is_lossy:
+            members["statistics/relative_error"] = zarr_metadata.vector_array(train.d_in)
         corpus = {
             str(file.parent.relative_to(self.path)): json.loads(file.read_bytes())
             for file in sorted((self.path / "corpus").rglob("zarr.json"))
         }
-        zarr_metadata.write_metadata(self.path, members, already_there=corpus)
+        return members, corpus
 
     def layouts(self) -> tuple[Layout, Layout]:
         """Layouts of the training and the held-out rows."""
@@ -111,7 +170,7 @@ class StoreBuilder:
 
     def writers(self, pool: Executor) -> tuple[SplitWriter, SplitWriter]:
         """Writers of the training and the held-out rows."""
-        codec, (train, heldout) = get_codec(self.manifest["codec"]), self.layouts()
+        codec, (train, heldout) = self.codec, self.layouts()
         return (
             SplitWriter(self.path, "", train, codec, pool, with_masked=True),
             SplitWriter(self.path, "heldout", heldout, codec, pool, with_masked=False),
@@ -130,33 +189,62 @@ class StoreBuilder:
             for file in self.path.rglob("zarr.json")
             if file.relative_to(self.path).parts[0] != "corpus"
         ]
-        files.append(self.path / "corpus" / CORPUS_JSON)
+        if self.manifest["corpus"]["digest"] is not None:
+            files.append(self.path / "corpus" / CORPUS_JSON)
         named = {file.relative_to(self.path).as_posix(): file for file in files}
         named.pop(MANIFEST)
         return {name: _entry(file) for name, file in sorted(named.items())}
 
-    def finish(self, train: SplitWriter, heldout: SplitWriter) -> None:
-        """Fold the commit records into the manifest, write the statistics, declare it complete."""
-        shards, moments = train.collect()
-        heldout_shards, _ = heldout.collect()
-        write_vectors(
-            self.path,
-            {"statistics/mean": moments.mean, "statistics/variance": moments.variance},
-        )
-        self.manifest["train"]["shards"] = shards
-        self.manifest["heldout"]["shards"] = heldout_shards
-        self.manifest["statistics"] = {
-            "rows": moments.count,
-            "mean_squared_norm": moments.mean_squared_norm,
-            "norm_of_mean": float((moments.mean**2).sum() ** 0.5),
-            "total_variance": float(moments.variance.sum()),
-        }
+    def finish(
+        self, train: SplitWriter, heldout: SplitWriter, measure: Measure | None = None
+    ) -> None:
+        """Fold the commit records into the manifest, write the statistics, declare it complete.
+
+        measure: gives the manifest's `shuffle` from the store as it will be; in the same write, so
+        that a kill leaves either no complete store or one with its numbers.
+        """
+        collected = train.collect()
+        moments = collected.moments
+        vectors = {"statistics/mean": moments.mean, "statistics/variance": moments.variance}
+        if collected.distortion is not None:
+            per_dimension = collected.distortion.relative_error_per_dimension
+            vectors["statistics/relative_error"] = per_dimension
+            self.manifest["encoding"]["error"] = _error_summary(collected.distortion)
+        write_vectors(self.path, vectors)
+        self.manifest["train"]["shards"] = collected.shards
+        self.manifest["heldout"]["shards"] = heldout.collect().shards
+        self.manifest["statistics"] = statistics_entry(moments)
         self.manifest["files"] = self._other_files()
         self.manifest["digest"] = content_digest(self.manifest)
         self.manifest["provenance"]["finished"] = provenance.now()
+        if measure is not None:
+            self.manifest["shuffle"] = measure(ActivationStore(self.path, self.manifest))
         self.manifest["state"] = COMPLETE
         write_manifest(self.path, self.manifest)
-        shutil.rmtree(self.path / COMMITS)
+        # What nothing reads may stay: a worker that was given up for dead can add to it just now.
+        shutil.rmtree(self.path / COMMITS, ignore_errors=True)
+
+
+def statistics_entry(moments: Moments) -> dict[str, Any]:
+    """What the manifest says of the training rows."""
+    return {
+        "rows": moments.count,
+        "mean_squared_norm": moments.mean_squared_norm,
+        "norm_of_mean": float((moments.mean**2).sum() ** 0.5),
+        "total_variance": float(moments.variance.sum()),
+    }
+
+
+def _error_summary(distortion: Distortion) -> dict[str, Any]:
+    """What the manifest says of a lossy codec's error; null for what is not a finite number."""
+    per_dimension = distortion.relative_error_per_dimension
+    numbers = {
+        "relative": distortion.relative_error,
+        "per_dimension_median": float(np.median(per_dimension)),
+        "per_dimension_max": float(per_dimension.max()),
+    }
+    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return {**finite, "clipped_values": distortion.clipped}
 
 
 def _entry(file: Path) -> dict[str, Any]:

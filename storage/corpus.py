@@ -62,7 +62,7 @@ class TokenTable:
 
     def __init__(self, folder: Path, split: str, info: dict[str, Any]) -> None:
         config = info["recipe"]["config"]
-        self._folder, self.split = folder, split
+        self.folder, self.split = folder, split
         self._bos_id: int | None = info["recipe"]["tokenizer"]["bos_id"]
         self._keep_first = bool(config["keep_first"])
         self.n_contexts = int(info["splits"][split]["contexts"])
@@ -103,16 +103,16 @@ class TokenTable:
         if not 0 <= start <= stop <= self.n_contexts:
             raise InputError(
                 f"Contexts {start} to {stop} of {self.split} were asked for, but corpus "
-                f"{self._folder} has {self.n_contexts}. Pass 0 <= start <= stop <= that."
+                f"{self.folder} has {self.n_contexts}. Pass 0 <= start <= stop <= that."
             )
-        path = self._folder / self.split / name
+        path = self.folder / self.split / name
         try:
             if name not in self._arrays:
                 self._arrays[name] = zarr.open_array(path, mode="r")
             values = np.asarray(self._arrays[name][start:stop], dtype=np.uint32)
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             # zarr and its codecs raise all of these for damaged bytes.
-            raise _damaged(self._folder, f"{path} cannot be read ({error})") from error
+            raise _damaged(self.folder, f"{path} cannot be read ({error})") from error
         return values
 
 
@@ -122,11 +122,13 @@ class Corpus:
     info: the parsed corpus.json; digest: identity of the content; train, heldout: the contexts.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, check_files: bool = True) -> None:
+        """check_files: look whether every file is there with its size."""
         self.path = Path(path)
         self.info = _read_info(self.path)
         self.digest: str = self.info["digest"]
-        self._check_files()
+        if check_files:
+            self._check_files()
 
     @cached_property
     def train(self) -> TokenTable:
@@ -183,5 +185,6 @@ def _read_info(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path, what: str) -> StoreError:
     return StoreError(
-        f"Corpus {path} is damaged: {what}. Restore it from a copy, or harvest into a new folder."
+        f"Corpus {path} is damaged: {what}. Run `sae-pipe store repair` on its store, which copies "
+        "it from a store beside it that has the same tokens, or harvest into a new folder."
     )

@@ -5,12 +5,14 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
 from .errors import DiskError
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -28,7 +30,9 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
     Raises DiskError when the disk is full or the folder cannot be written; the temporary file is
     removed and an older file of that name stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A number that no other writer draws: processes of two hosts may have the same id, and one that
+    # was given up for dead may still write the file that another now writes in its place.
+    temporary = path.with_name(f".{path.name}.{secrets.randbits(64)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -52,7 +56,8 @@ def remove_leftovers(folder: Path, *, deep: bool) -> None:
     """Remove what killed writers left in a folder of ours: files that were never renamed.
 
     deep: also below it. The caller holds the folder's lock, so that none of them belongs to a
-    living writer, and knows that the folder is ours.
+    writer whose work still counts, and knows that the folder is ours. (A worker of a cluster whose
+    harvest was killed may be left over and still write: its rename fails, and nobody waits for it.)
     """
     for file in folder.rglob(".*.tmp") if deep else folder.glob(".*.tmp"):
         if is_leftover(file.name):
@@ -88,6 +93,11 @@ def write_json(path: Path, value: Any) -> None:
     """Write readable JSON whole or not at all."""
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     write_whole(path, text.encode())
+
+
+def is_sha256(value: object) -> bool:
+    """Whether a value is a SHA-256 in hex."""
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
 def file_digest(path: Path) -> str:

@@ -1,16 +1,13 @@
-"""A store described for people, and checked against its digests."""
+"""A store described for people."""
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .disk import human_bytes
 from .errors import StoreError
-from .files import file_digest
-from .layout import VALUE_BYTES
+from .layout import VALUE_BYTES, Layout
 from .manifest import COMMITS, COMPLETE, TOKENISING, Manifest, layout_of
-from .store import ActivationStore
+from .shuffle import verdict
 
 
 def describe(path: Path, manifest: Manifest) -> list[tuple[str, str]]:
@@ -24,8 +21,10 @@ def describe(path: Path, manifest: Manifest) -> list[tuple[str, str]]:
             ("state", _state(path, manifest)),
             *_recipe(manifest["recipe"]),
             *_sizes(path, manifest),
+            *_encoding(manifest),
             *_statistics(manifest),
-            ("made", _made(manifest)),
+            *_shuffle(manifest),
+            *_made(manifest),
             ("digest", str(manifest.get("digest", "-"))),
         ]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -41,16 +40,30 @@ def _state(path: Path, manifest: Manifest) -> str:
     return state if state == COMPLETE else f"{state}: {sealed_shards(path, manifest)}"
 
 
+def progress_of(path: Path, manifest: Manifest) -> str:
+    """The state of an unfinished store in a word or two: tokenising, or 12 of 40 shards."""
+    if manifest["state"] == TOKENISING:
+        return TOKENISING
+    sealed, n_shards = _sealed(path, manifest)
+    return f"{sealed:,} of {n_shards:,} shards"
+
+
 def sealed_shards(path: Path, manifest: Manifest) -> str:
     """How far an unfinished store is."""
     if manifest["state"] == TOKENISING:
         return "its tokens are being made"
+    sealed, n_shards = _sealed(path, manifest)
+    return f"{sealed:,} of {n_shards:,} shards are sealed"
+
+
+def _sealed(path: Path, manifest: Manifest) -> tuple[int, int]:
     layout = layout_of(manifest["train"], path)
-    sealed = len(list((path / COMMITS / "train").glob("[0-9]*.json")))
-    return f"{sealed:,} of {layout.n_shards:,} shards are sealed"
+    return len(list((path / COMMITS / "train").glob("[0-9]*.json"))), layout.n_shards
 
 
 def _recipe(recipe: dict[str, Any]) -> list[tuple[str, str]]:
+    if "imported" in recipe:
+        return _imported(recipe)
     model, mask, corpus = recipe["model"], recipe["mask"], recipe["corpus"]["config"]
     return [
         ("model", f"{model['name']} ({model['architecture']}), {model['revision'][:19]}"),
@@ -63,6 +76,35 @@ def _recipe(recipe: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "contexts",
             f"{corpus['context_size']} tokens, {'packed' if corpus['pack'] else 'one document each'}",
+        ),
+    ]
+
+
+def _imported(recipe: dict[str, Any]) -> list[tuple[str, str]]:
+    """Of rows that were there already: the input, and what the user said of it."""
+    given, model = recipe["imported"], recipe["model"]
+    shape = " x ".join(f"{n:,}" for n in given["shape"])
+    said = {
+        "model": None if model is None else model["name"],
+        "hook": recipe["hook"],
+        "layer": recipe["layer"],
+    }
+    return [
+        (
+            "imported",
+            (
+                f"{given['name']} ({given['kind']}), {shape} values in {given['dtype']}, "
+                f"{human_bytes(given['bytes'])}; seed {recipe['seed']}"
+            ),
+        ),
+        *(
+            (name, f"{value}, as the importer said")
+            for name, value in said.items()
+            if value is not None
+        ),
+        (
+            "contexts",
+            f"{recipe['corpus']['config']['context_size']} rows; their tokens are unknown",
         ),
     ]
 
@@ -80,28 +122,73 @@ def _sizes(path: Path, manifest: Manifest) -> list[tuple[str, str]]:
     pairs = [
         ("rows", f"{train.n_rows:,} training, {heldout.n_rows:,} held out, of {train.d_in} values"),
         (
-            "shards",
-            f"{train.n_shards} of {train.shard_rows:,} rows, chunks of {train.chunk_rows:,}",
+            "sizes",
+            (
+                f"{train.n_shards:,} shards; raw, a {_size('chunk', train, train.chunk_rows)}, a "
+                f"{_size('shard', train, train.shard_rows)}, a "
+                f"{_size('block', train, train.block_rows)}"
+            ),
         ),
     ]
     if manifest["state"] == COMPLETE:
-        stored = sum(
-            shard["files"]["activations"]["bytes"]
+        files = [
+            file
             for split in ("train", "heldout")
             for shard in manifest[split]["shards"]
-        )
+            for file in shard["files"].items()
+        ]
+        stored = sum(entry["bytes"] for array, entry in files if array == "activations")
         raw = (train.n_rows + heldout.n_rows) * train.d_in * VALUE_BYTES
         ratio = raw / stored if stored else 0.0
-        pairs.append(
+        n_files = len(files) + len(manifest.get("files", {}))
+        of_tokens = " and those of the tokens" if manifest["corpus"]["digest"] else ""
+        pairs += [
             (
                 "size",
                 (
-                    f"{stored / 1e9:.3f} GB of activations ({manifest['codec']}), {ratio:.2f} times "
-                    "smaller than raw bfloat16"
+                    f"{human_bytes(stored)} of activations ({manifest['codec']}), {ratio:.2f} "
+                    "times smaller than raw bfloat16"
+                ),
+            ),
+            ("files", f"{n_files:,}{of_tokens}"),
+        ]
+    return pairs
+
+
+def _size(name: str, layout: Layout, rows: int) -> str:
+    return f"{name} of {rows:,} rows is {human_bytes(rows * layout.d_in * VALUE_BYTES)}"
+
+
+def _encoding(manifest: Manifest) -> list[tuple[str, str]]:
+    """How values are stored, and what that has cost."""
+    found = manifest.get("encoding")
+    if not found:
+        return []
+    stored = f"{found['dtype']}, in {found['container']} for Zarr"
+    if (step := found.get("parameters", {}).get("step")) is not None:
+        stored += f"; whole steps of {step:.6g}"
+    pairs = [("values", stored)]
+    if before := found.get("before"):
+        lost = before.get("error", {}).get("relative")
+        what = "rounding" if "error" not in before else f"{_number(lost)} of the variance"
+        pairs.append(("before", f"{before['codec']} in {before['dtype']}, which had cost {what}"))
+    if error := found.get("error"):
+        typical, largest = error["per_dimension_median"], error["per_dimension_max"]
+        pairs.append(
+            (
+                "error",
+                (
+                    f"{_number(error['relative'])} of the variance is lost, of a dimension "
+                    f"{_number(typical)} in the median and {_number(largest)} at most; "
+                    f"{error['clipped_values']:,} values were clipped"
                 ),
             )
         )
     return pairs
+
+
+def _number(value: float | None) -> str:
+    return "an undefined share" if value is None else f"{value:.3g}"
 
 
 def _statistics(manifest: Manifest) -> list[tuple[str, str]]:
@@ -119,37 +206,25 @@ def _statistics(manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def _made(manifest: Manifest) -> str:
+def _shuffle(manifest: Manifest) -> list[tuple[str, str]]:
+    found = manifest.get("shuffle")
+    return [("order", verdict(found))] if found else []
+
+
+def _made(manifest: Manifest) -> list[tuple[str, str]]:
     made = manifest["provenance"]
-    runs = made["runs"]
+    runs, speed = made["runs"], manifest.get("execution", {}).get("tokens_per_s")
     where = f" on {runs[-1]['hardware']['processor']}, {runs[-1]['device']}" if runs else ""
-    return f"{made.get('finished', 'not finished')}{where}, sae-pipe {made['versions']['sae-pipe']}"
-
-
-def verify_files(store: ActivationStore, advance: Callable[[int], object]) -> None:
-    """Compare every file with its digest, on all cores.
-
-    advance: called with the bytes of each file that is right. Raises StoreError for the first that
-    is not.
-    """
-
-    def check(entry: tuple[Path, str]) -> int:
-        path, digest = entry
-        try:
-            found, size = file_digest(path), path.stat().st_size
-        except OSError as error:
-            raise StoreError(
-                f"{path} cannot be read ({error.strerror}). "
-                "Fetch that file again, or delete the store and harvest it again."
-            ) from error
-        if found != digest:
-            raise StoreError(
-                f"{path} does not have the digest that the manifest of {store.path} records. "
-                "Fetch that file again, or delete the store and harvest it again."
-            )
-        return size
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for size in pool.map(check, store.files()):
-            advance(size)
-    store.corpus.verify()
+    count = f", in {len(runs)} runs" if len(runs) > 1 else ""
+    pairs = [
+        ("made", f"{made.get('finished', 'not finished')}{where}{count}"),
+        ("command", str(made["command"])),
+        ("versions", ", ".join(f"{name} {v}" for name, v in made["versions"].items())),
+    ]
+    if speed is not None:
+        pairs.append(("speed", f"{speed:,.0f} tokens/s through the model, measured beforehand"))
+    repairs = made.get("repairs", [])
+    if repairs:
+        n_files = sum(len(entry["files"]) for entry in repairs)
+        pairs.append(("repaired", f"{n_files} files have other bytes than the harvest wrote"))
+    return pairs

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .errors import InputError
 
-VALUE_BYTES = 2  # bfloat16
+VALUE_BYTES = 2  # bfloat16; sizes of windows and shards are counted in it
 CONTAINER_BYTES = 4  # float32
 CHUNK_BYTES = 4 << 20  # of the container: decoded in cache, 1024 rows at d_in 768
 SHARD_BYTES = 256 << 20  # of raw bfloat16: 131,072 rows at d_in 768
@@ -70,8 +70,19 @@ class Layout:
         return range(first // self.shard_rows, -(-last // self.shard_rows))
 
 
+def _power_of_two_near(wanted: float) -> int:
+    """The one whose ratio to the wanted number is the smallest."""
+    below = _power_of_two_up_to(wanted)
+    return below if wanted * wanted <= 2 * below * below else 2 * below
+
+
 def _power_of_two_up_to(limit: float) -> int:
     return 1 << max(int(limit).bit_length() - 1, 0) if limit >= 1 else 1
+
+
+def default_chunk_rows(d_in: int) -> int:
+    """Rows of a chunk where the codec does not ask for a number of its own."""
+    return min(max(_power_of_two_up_to(CHUNK_BYTES / (d_in * CONTAINER_BYTES)), 64), 8192)
 
 
 def choose_layout(
@@ -80,18 +91,22 @@ def choose_layout(
     d_in: int,
     block_bytes: int,
     shard_rows: int | None = None,
+    value_bytes: int = VALUE_BYTES,
+    chunk_rows: int | None = None,
 ) -> Layout:
     """The layout of a split, a pure function of its arguments.
 
-    block_bytes: memory for one block of raw bfloat16 rows. A block is at least one shard.
+    block_bytes: memory for one block of raw rows, of value_bytes a value. A block is at least one
+    shard. chunk_rows: where the codec asks for a number of its own.
     """
-    chunk_rows = min(max(_power_of_two_up_to(CHUNK_BYTES / (d_in * CONTAINER_BYTES)), 64), 8192)
+    if chunk_rows is None:
+        chunk_rows = default_chunk_rows(d_in)
     if shard_rows is None:
-        largest = _power_of_two_up_to(SHARD_BYTES / (d_in * VALUE_BYTES))
+        largest = _power_of_two_near(SHARD_BYTES / (d_in * VALUE_BYTES))
         for_small = _power_of_two_up_to(max(n_rows, 1) / MIN_SHARDS)
         shard_rows = max(min(largest, for_small), 256)
     chunk_rows = min(chunk_rows, shard_rows)
-    shards_a_block = max(block_bytes // (shard_rows * d_in * VALUE_BYTES), 1)
+    shards_a_block = max(block_bytes // (shard_rows * d_in * value_bytes), 1)
     shards_needed = max(-(-n_rows // shard_rows), 1)
     return Layout(
         n_rows=n_rows,

@@ -87,6 +87,50 @@ def layout_of(split: dict[str, Any], path: Path) -> Layout:
         ) from error
 
 
+def sealed_records(path: Path, split: str) -> dict[int, dict[str, Any]]:
+    """The commit records of an unfinished store by shard number, ascending, as the manifest will
+    have them. split: "train" or "heldout". StoreError when one is damaged.
+    """
+    files = sorted((path / COMMITS / split).glob("[0-9]*.json"))
+    found = ((int(file.stem), read_commit(file)) for file in files)
+    return {shard: record for shard, record in found if record is not None}
+
+
+def read_commit(file: Path) -> dict[str, Any] | None:
+    """One commit record as the manifest will have it; None when there is none (any more)."""
+    try:
+        record = load_bounded_json(file)
+    except FileNotFoundError:
+        return None
+    try:
+        return {"rows": record["rows"], "files": record["files"]}
+    except (KeyError, TypeError) as error:
+        raise StoreError(
+            f"{file} is damaged: it is not the record of a shard ({error}). Remove it and run the "
+            "`sae-pipe harvest` command that began the store once more."
+        ) from error
+
+
+def began_by(manifest: Manifest) -> str:
+    """The command that makes a store of this kind."""
+    origin = manifest.get("provenance", {})
+    commands = {"imported": "store import", "recoded": "store recode"}
+    return next((command for name, command in commands.items() if name in origin), "harvest")
+
+
+def rows_digest(manifest: Manifest) -> str:
+    """What decides about the bytes of every shard of a store that is laid out.
+
+    A worker of another process writes into a store only while this is what it was told.
+    """
+    names = ("recipe", "codec", "encoding", "corpus", "train", "heldout")
+    parts = {name: manifest.get(name) for name in names}
+    for name in ("train", "heldout"):
+        parts[name] = (parts[name] or {}).get("layout")
+    parts["batch_contexts"] = manifest.get("execution", {}).get("batch_contexts")
+    return json_digest(parts)
+
+
 def content_digest(manifest: Manifest) -> str:
     """The identity of a store's content: recipe, layouts and the digests of every shard.
 
@@ -94,6 +138,10 @@ def content_digest(manifest: Manifest) -> str:
     same bytes have the same digest.
     """
     parts = {"recipe": manifest["recipe"], "corpus": manifest.get("corpus", {}).get("digest")}
+    if "encoding" in manifest:  # the first stores had none
+        parts["encoding"] = {
+            name: manifest["encoding"].get(name) for name in ("dtype", "container", "parameters")
+        }
     for name in ("train", "heldout"):
         split = manifest[name]
         parts[name] = {"layout": split["layout"], "shards": split["shards"]}

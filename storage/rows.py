@@ -1,4 +1,4 @@
-"""Reading the rows of one split: shards on disk to float32 or bfloat16 bits.
+"""Reading the rows of one split: shards on disk to rows in memory.
 
 # R rows, D d_in
 
@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numcodecs.blosc
 import numpy as np
 from numpy.typing import NDArray
 
 from .codecs import Codec
-from .codecs.base import Bits, Floats, narrow
+from .codecs.blosc import PLAIN
 from .errors import InputError, StoreError
 from .layout import Layout
-from .shard import CRC_BYTES, checked_frame, index_bytes, parse_index
+from .shard import checked_frame, index_bytes, parse_index
+from .values import Floats, Rows
 
 _OPEN_FILES = 256
 
@@ -45,6 +45,8 @@ class SplitReader:
         """root: the store; split: "" or "heldout"; shards: the manifest's records, in order."""
         self.layout, self.codec = layout, codec
         self.n_rows, self.d_in = layout.n_rows, layout.d_in
+        self._columns = codec.columns(layout.d_in)
+        self._frames_a_chunk = layout.d_in // self._columns
         self._root, self._folder = root, root / split if split else root
         self._shards = shards
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -65,6 +67,8 @@ class SplitReader:
         """
         wanted = self._wanted(rows)
         out = np.empty((len(wanted), self.d_in), np.float32)
+        served = np.empty((self.layout.chunk_rows, self.d_in), self.codec.served.memory)
+        values = np.empty(served.shape, np.float32)
         chunks = wanted // self.layout.chunk_rows
         order = np.argsort(chunks, kind="stable")
         borders = np.flatnonzero(np.diff(chunks[order])) + 1
@@ -72,7 +76,9 @@ class SplitReader:
             if len(places) == 0:
                 continue
             chunk = int(chunks[places[0]])
-            values = self.chunk_values(chunk)
+            count = self.rows_of_chunk(chunk)
+            self.decode_chunk(chunk, served[:count])
+            self.codec.to_floats(served[:count], values[:count])
             out[places] = values[wanted[places] - chunk * self.layout.chunk_rows]
         return out
 
@@ -114,39 +120,43 @@ class SplitReader:
         """Rows of a chunk: chunk_rows, fewer in the last one."""
         return min(self.layout.chunk_rows, self.n_rows - chunk * self.layout.chunk_rows)
 
-    def chunk_values(self, chunk: int) -> Floats:
-        """Decode one chunk into this thread's buffer, overwritten by its next call: (R, D)."""
-        buffer = getattr(self._scratch, "values", None)
-        if buffer is None:
-            buffer = np.empty((self.layout.chunk_rows, self.d_in), np.float32)
-            self._scratch.values = buffer
+    def decode_chunk(self, chunk: int, out_RD: Rows) -> None:
+        """Decode one chunk into out_RD (R, D), in the memory type that the codec serves."""
         shard, inner = divmod(chunk, self.layout.chunks_per_shard)
+        first = inner * self._frames_a_chunk
+        stored = self._stored_buffer()
         try:
-            offset, length = (int(value) for value in self._index(shard)[inner])
-            data = os.pread(self._file(shard), length, offset)
-            if len(data) != length:
-                raise ValueError("it is shorter than its index says")
-            self.codec.decode(checked_frame(memoryview(data)), buffer)
+            index = self._index(shard)
+            for frame in range(self._frames_a_chunk):
+                offset, length = (int(value) for value in index[first + frame])
+                data = os.pread(self._file(shard), length, offset)
+                if len(data) != length:
+                    raise ValueError("it is shorter than its index says")
+                self.codec.decode(checked_frame(memoryview(data)), stored)
+                columns = slice(frame * self._columns, (frame + 1) * self._columns)
+                self.codec.serve(stored[: len(out_RD)], out_RD[:, columns])
         except (ValueError, OSError) as error:
             raise self._damaged(shard, error) from error
-        rows: Floats = buffer[: self.rows_of_chunk(chunk)]
-        return rows
 
-    def chunk_bits(self, chunk: int, out: Bits) -> None:
-        """Decode one chunk as bfloat16 bits into out (R, D)."""
-        narrow(self.chunk_values(chunk), out)
+    def _stored_buffer(self) -> Rows:
+        """This thread's memory for one decoded frame."""
+        buffer: Rows | None = getattr(self._scratch, "stored", None)
+        if buffer is None:
+            buffer = np.empty((self.layout.chunk_rows, self._columns), self.codec.stored)
+            self._scratch.stored = buffer
+        return buffer
 
     def _index(self, shard: int) -> NDArray[np.uint64]:
         index = self._indices.get(shard)
         if index is None:
             first, last = self.layout.rows_of_shard(shard)
-            chunks = -(-(last - first) // self.layout.chunk_rows)
+            frames = -(-(last - first) // self.layout.chunk_rows) * self._frames_a_chunk
             file, size = self._file(shard), self._recorded_bytes(shard)
-            length = index_bytes(self.layout.chunks_per_shard)
+            length = index_bytes(self.layout.chunks_per_shard * self._frames_a_chunk)
             tail = os.pread(file, length, size - length)
             if len(tail) != length:
                 raise ValueError("it is truncated")
-            index = self._indices[shard] = parse_index(tail, chunks, size)
+            index = self._indices[shard] = parse_index(tail, frames, size)
         return index
 
     def _recorded_bytes(self, shard: int) -> int:
@@ -174,15 +184,19 @@ class SplitReader:
     def check_files(self) -> None:
         """StoreError unless every shard file is there with its recorded size."""
         for shard, record in enumerate(self._shards):
-            for array, entry in record["files"].items():
-                path = self.shard_path(shard, array)
-                try:
-                    size = path.stat().st_size
-                except OSError as error:
-                    raise self._damaged(shard, ValueError("it is missing")) from error
-                if size != entry["bytes"]:
-                    found = ValueError(f"it has {size:,} bytes instead of {entry['bytes']:,}")
-                    raise self._damaged(shard, found, array)
+            self.check_shard(shard, record)
+
+    def check_shard(self, shard: int, record: dict[str, Any]) -> None:
+        """StoreError unless the files of one shard are there with their recorded sizes."""
+        for array, entry in record["files"].items():
+            path = self.shard_path(shard, array)
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise self._damaged(shard, ValueError("it is missing"), array) from error
+            if size != entry["bytes"]:
+                found = ValueError(f"it has {size:,} bytes instead of {entry['bytes']:,}")
+                raise self._damaged(shard, found, array)
 
     def files(self) -> Iterator[tuple[int, Path, str]]:
         """Shard number, path and recorded SHA-256 of every file."""
@@ -195,7 +209,8 @@ class SplitReader:
         reason = error.strerror if isinstance(error, OSError) else error
         return StoreError(
             f"Shard {shard} of {self._root} is damaged: {path}: {reason}. "
-            "Fetch that file again, or delete the store and harvest it again."
+            f"Run `sae-pipe store repair {self._root}`: it makes damaged files again and touches "
+            "nothing else."
         )
 
     def _read_plain(self, array: str, rows: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -212,13 +227,13 @@ class SplitReader:
         values = np.empty(self.layout.shard_rows, dtype)
         try:
             data = self.shard_path(shard, array).read_bytes()
-            frame = checked_frame(memoryview(data))
-            if len(data) < 16 + CRC_BYTES or int.from_bytes(frame[4:8], "little") != values.nbytes:
-                raise ValueError("its size is not what the manifest says")
-            numcodecs.blosc.decompress(frame, values)
-        except (ValueError, OSError, RuntimeError) as error:
+            PLAIN.decode(checked_frame(memoryview(data)), values)
+        except (ValueError, OSError) as error:
             raise self._damaged(shard, error, array) from error
         return values
+
+    def stop_waiting(self) -> None:
+        """End what waits for shards that are still to be written; here nothing does."""
 
     def close(self) -> None:
         """Close the files; reading again opens them again."""

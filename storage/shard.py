@@ -29,38 +29,47 @@ def crc32c(data: bytes | memoryview) -> bytes:
     return value.to_bytes(CRC_BYTES, "little")
 
 
-def write_shard(path: Path, frames: Sequence[bytes], chunks_per_shard: int) -> tuple[int, str]:
+def write_shard(path: Path, frames: Sequence[bytes], frames_per_shard: int) -> tuple[int, str]:
     """Write frames (checksums included) as one shard, whole or not at all.
 
-    A last shard may hold fewer frames than chunks_per_shard; the rest of its index says absent.
     Returns the size in bytes and the SHA-256 of the file.
     """
-    index = np.full((chunks_per_shard, 2), ABSENT, dtype="<u8")
+    parts, size, digest = assemble_shard(frames, frames_per_shard)
+    write_whole(path, *parts)
+    return size, digest
+
+
+def assemble_shard(frames: Sequence[bytes], frames_per_shard: int) -> tuple[list[bytes], int, str]:
+    """The parts of a shard's file in order, its size in bytes and its SHA-256.
+
+    A last shard may hold fewer frames than frames_per_shard; the rest of its index says absent.
+    """
+    index = np.full((frames_per_shard, 2), ABSENT, dtype="<u8")
     lengths = np.array([len(frame) for frame in frames], dtype=np.uint64)
     index[: len(frames), 0] = np.concatenate(([0], np.cumsum(lengths)[:-1]))
     index[: len(frames), 1] = lengths
     tail = index.tobytes()
     tail += crc32c(tail)
     digest = hashlib.sha256()
-    for part in (*frames, tail):
+    parts = [*frames, tail]
+    for part in parts:
         digest.update(part)
-    write_whole(path, *frames, tail)
-    return int(lengths.sum()) + len(tail), digest.hexdigest()
+    return parts, int(lengths.sum()) + len(tail), digest.hexdigest()
 
 
-def index_bytes(chunks_per_shard: int) -> int:
+def index_bytes(frames_per_shard: int) -> int:
     """Size of the index at the end of a shard."""
-    return 16 * chunks_per_shard + CRC_BYTES
+    return 16 * frames_per_shard + CRC_BYTES
 
 
-def parse_index(tail: bytes, chunks: int, file_bytes: int) -> NDArray[np.uint64]:
-    """Offsets and lengths (chunks, 2) of the first `chunks` frames of a shard.
+def parse_index(tail: bytes, frames: int, file_bytes: int) -> NDArray[np.uint64]:
+    """Offsets and lengths (frames, 2) of the first `frames` frames of a shard.
 
     Raises ValueError if the checksum fails or a frame would lie outside the file.
     """
     if crc32c(tail[:-CRC_BYTES]) != tail[-CRC_BYTES:]:
         raise ValueError("its index fails its checksum")
-    index = np.frombuffer(tail[:-CRC_BYTES], dtype="<u8").reshape(-1, 2)[:chunks].astype(np.uint64)
+    index = np.frombuffer(tail[:-CRC_BYTES], dtype="<u8").reshape(-1, 2)[:frames].astype(np.uint64)
     if (index == ABSENT).any():
         raise ValueError("its index lacks a chunk")
     limit = np.uint64(file_bytes - len(tail))

@@ -1,5 +1,6 @@
 """An activation store on disk, opened for reading."""
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .codecs import get_codec
-from .codecs.base import Floats
+from .codecs import codec_of
 from .corpus import Corpus
-from .errors import StoreError
+from .errors import InputError, StoreError
 from .loader import BatchLoader
-from .manifest import COMPLETE, Manifest, layout_of, read_manifest
+from .manifest import (
+    COMPLETE,
+    HARVESTING,
+    TOKENISING,
+    Manifest,
+    began_by,
+    layout_of,
+    read_manifest,
+)
 from .rows import RowIndex, SplitReader
 from .shard import CRC_BYTES, checked_frame
+from .values import Floats
 
 
 class HeldOut:
@@ -33,7 +42,7 @@ class HeldOut:
         return self._reader.read_source(slice(start, stop))
 
 
-def _check_record(record: Any, arrays: set[str]) -> None:
+def check_record(record: Any, arrays: set[str]) -> None:
     """ValueError or TypeError unless a shard's record has the form that readers rely on."""
     files = record["files"]
     if set(files) != arrays:
@@ -52,16 +61,17 @@ class ActivationStore:
     of the content; heldout: the held-out split; name: the folder's name without its suffix.
     """
 
+    _in_stored_order = False
+
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
-        self.name = path.name.removesuffix(".zarr") or "store"
+        self.name = store_name(path)
         try:
-            self._codec = get_codec(manifest["codec"])
+            self._codec = codec_of(manifest)
             self._train = self._reader("train", "")
             self.heldout = HeldOut(self._reader("heldout", "heldout"))
-            self.digest = str(manifest["digest"])
             self.recipe: dict[str, Any] = manifest["recipe"]
-            self.mean_squared_norm = float(manifest["statistics"]["mean_squared_norm"])
+            self.digest = self._identify()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
                 f"The manifest of {path} is damaged or names what this sae-pipe does not know "
@@ -69,12 +79,34 @@ class ActivationStore:
             ) from error
         self.n_rows, self.d_in = self._train.n_rows, self._train.d_in
 
+    def _identify(self) -> str:
+        """The digest; KeyError, TypeError or ValueError for a manifest that cannot be."""
+        assert self.mean_squared_norm is not None
+        return str(self.manifest["digest"])
+
+    @cached_property
+    def mean_squared_norm(self) -> float:
+        """Mean of ||x||^2 over the training rows; of an unfinished store, over its first shard."""
+        return float(self.manifest["statistics"]["mean_squared_norm"])
+
+    @property
+    def pin(self) -> dict[str, Any]:
+        """What a fit records to get the same rows again, beside the digest: of a complete store
+        nothing.
+        """
+        return {}
+
+    def while_waiting(
+        self, is_asked_to_end: Callable[[], bool], say: Callable[[str], object]
+    ) -> None:
+        """Of a store that is followed: when to end a wait, and whom to tell about it."""
+
     def _reader(self, split: str, folder: str) -> SplitReader:
         entry = self.manifest[split]
         layout = layout_of(entry, self.path)
         arrays = {"activations", "source"} | ({"masked"} if split == "train" else set())
         for shard in entry["shards"]:
-            _check_record(shard, arrays)
+            check_record(shard, arrays)
         reader = SplitReader(self.path, folder, layout, entry["shards"], self._codec)
         if len(entry["shards"]) != layout.n_shards:
             raise StoreError(
@@ -94,7 +126,7 @@ class ActivationStore:
 
     def source(self, rows: RowIndex) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Context and position of training rows, each int64 (len(rows),)."""
-        context, position = np.divmod(self._train.read_source(rows), self.corpus.train.context_size)
+        context, position = np.divmod(self._train.read_source(rows), self.context_size)
         return context, position
 
     def masked(self, rows: RowIndex) -> NDArray[np.bool_]:
@@ -109,25 +141,60 @@ class ActivationStore:
         start: int = 0,
         threads: int | None = None,
         window_rows: int = 0,
+        world_size: int = 1,
+        rank: int = 0,
     ) -> BatchLoader:
-        """Shuffled batches without end, as bfloat16 bits (uint16) for speed.
+        """Shuffled batches without end, in the memory type of the codec for speed.
 
-        `sae_pipe.stages.batches.TorchBatches` gives them as float32 tensors. The order is a pure
-        function of the store and the seed; `start` is the batch to begin with.
+        With the default codec that is bfloat16 bits as uint16; `BatchLoader.to_floats` widens a
+        batch, and `sae_pipe.stages.batches.TorchBatches` gives float32 tensors. The order is a pure
+        function of the store, the seed, the world size and the rank; `start` is the batch to begin
+        with. The ranks together serve every row once an epoch.
         """
         return BatchLoader(
-            self._train,
+            self._reader_of_batches(),
             batch_size=batch_size,
             seed=seed,
             start=start,
             threads=threads,
             window_rows=window_rows,
+            world_size=world_size,
+            rank=rank,
+            in_stored_order=self._in_stored_order,
         )
+
+    def _reader_of_batches(self) -> SplitReader:
+        return self._train
+
+    @property
+    def has_corpus(self) -> bool:
+        """Whether the tokens that the rows come from are there; imported rows are without."""
+        entry = self.manifest.get("corpus")
+        return not isinstance(entry, dict) or entry.get("digest") is not None
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The tokens that the rows come from."""
+        """The tokens that the rows come from; InputError where they are not known."""
+        if not self.has_corpus:
+            raise InputError(
+                f"Store {self.path} was imported without its tokens, so they cannot be looked up. "
+                "Harvest a store to see the text behind its rows."
+            )
         return Corpus(self.path / "corpus")
+
+    @property
+    def context_size(self) -> int:
+        """Positions of a context: what divides a source index into context and position."""
+        try:
+            size = int(self.recipe["corpus"]["config"]["context_size"])
+        except (KeyError, TypeError, ValueError):
+            size = self.corpus.train.context_size
+        if size < 1:
+            raise StoreError(
+                f"The manifest of {self.path} is damaged: its contexts have {size} positions. "
+                "Fetch or harvest the store again."
+            )
+        return size
 
     @cached_property
     def mean(self) -> NDArray[np.float64]:
@@ -139,6 +206,16 @@ class ActivationStore:
         """Population variance of the training rows, float64 (d_in,)."""
         return self._vector("statistics/variance")
 
+    @cached_property
+    def relative_error(self) -> NDArray[np.float64]:
+        """Of each dimension, what a lossy codec has cost, float64 (d_in,); zeros for the others.
+
+        sum (x - x_hat)^2 / sum (x - mean)^2 over the training rows.
+        """
+        if not self._codec.is_lossy:
+            return np.zeros(self.d_in)
+        return self._vector("statistics/relative_error")
+
     def _vector(self, name: str) -> NDArray[np.float64]:
         file = self.path / name / "c" / "0"
         try:
@@ -147,7 +224,8 @@ class ActivationStore:
             frame = checked_frame(memoryview(file.read_bytes()))
         except (OSError, ValueError) as error:
             raise StoreError(
-                f"{file} is damaged ({error}). Fetch that file again, or harvest the store again."
+                f"{file} is damaged ({error}). Run `sae-pipe store repair {self.path}`: it makes "
+                "damaged files again and touches nothing else."
             ) from error
         return np.frombuffer(frame, dtype="<f8").astype(np.float64)
 
@@ -167,17 +245,30 @@ class ActivationStore:
         self.heldout._reader.close()
 
 
-def open_store(path: str | Path) -> ActivationStore:
+def store_name(path: Path) -> str:
+    """A folder's name without its suffix."""
+    return path.name.removesuffix(".zarr") or "store"
+
+
+def open_store(path: str | Path, *, unfinished: bool = False) -> ActivationStore:
     """Open a complete activation store for reading.
+
+    unfinished: of a store that is being written, open the shards that are sealed now, up to the
+    first that is not. Blocks are uniform samples of the text, so that is a fair, smaller store.
 
     Raises StoreError: there is no store, it is unfinished, a shard is missing or of another size,
     or its format is newer than this package.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    if manifest.get("state") != COMPLETE:
-        raise StoreError(
-            f"Store {path} is not finished: its state is {manifest.get('state')!r}. "
-            "Run the `sae-pipe harvest` command that began it once more; it goes on where it stopped."
-        )
-    return ActivationStore(path, manifest)
+    if manifest.get("state") == COMPLETE:
+        return ActivationStore(path, manifest)
+    if unfinished and manifest.get("state") in (HARVESTING, TOKENISING):
+        from .unfinished import open_prefix
+
+        return open_prefix(path)
+    raise StoreError(
+        f"Store {path} is not finished: its state is {manifest.get('state')!r}. "
+        f"Run the `sae-pipe {began_by(manifest)}` command that began it once more; it goes on where "
+        "it stopped."
+    )

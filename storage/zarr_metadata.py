@@ -10,27 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from .codecs import Codec
+from .codecs.blosc import PLAIN
 from .files import write_json
 from .layout import Layout
 
 # The zarr.json of one array or group.
 Metadata = dict[str, Any]
 
-_PLAIN_CODECS: list[dict[str, Any]] = [
-    {"name": "bytes", "configuration": {"endian": "little"}},
-    {
-        "name": "blosc",
-        "configuration": {
-            "cname": "zstd",
-            "clevel": 1,
-            "shuffle": "shuffle",
-            "typesize": 8,
-            "blocksize": 0,
-        },
-    },
-    {"name": "crc32c"},
-]
-_INDEX_CODECS: list[dict[str, Any]] = [
+# Of a shard's index and of vectors: uncompressed.
+_RAW_CODECS: list[dict[str, Any]] = [
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "crc32c"},
 ]
@@ -54,33 +42,34 @@ def _array(
 
 
 def activations_array(layout: Layout, codec: Codec) -> Metadata:
-    """float32 (n_rows, d_in), sharded; the values are bfloat16."""
+    """(n_rows, d_in), sharded; float32 unless the values are float16."""
+    codecs = codec.zarr_codecs(layout.d_in)
     sharding = {
         "name": "sharding_indexed",
         "configuration": {
-            "chunk_shape": [layout.chunk_rows, layout.d_in],
-            "codecs": codec.zarr_codecs(),
-            "index_codecs": _INDEX_CODECS,
+            "chunk_shape": [layout.chunk_rows, codec.columns(layout.d_in)],
+            "codecs": codecs,
+            "index_codecs": _RAW_CODECS,
             "index_location": "end",
         },
     }
     shard_shape = [layout.shard_rows, layout.d_in]
-    return _array([layout.n_rows, layout.d_in], shard_shape, "float32", "NaN", [sharding])
+    return _array([layout.n_rows, layout.d_in], shard_shape, codec.container, "NaN", [sharding])
 
 
 def source_array(layout: Layout) -> Metadata:
     """int64 (n_rows,): context * context_size + position. One chunk a shard."""
-    return _array([layout.n_rows], [layout.shard_rows], "int64", -1, _PLAIN_CODECS)
+    return _array([layout.n_rows], [layout.shard_rows], "int64", -1, PLAIN.zarr_codecs())
 
 
 def masked_array(layout: Layout) -> Metadata:
     """bool (n_rows,): whether the row's token was replaced. One chunk a shard."""
-    return _array([layout.n_rows], [layout.shard_rows], "bool", False, _PLAIN_CODECS)
+    return _array([layout.n_rows], [layout.shard_rows], "bool", False, PLAIN.zarr_codecs())
 
 
 def vector_array(length: int) -> Metadata:
     """float64 (length,), one chunk."""
-    return _array([length], [length], "float64", "NaN", [*_PLAIN_CODECS[:1], {"name": "crc32c"}])
+    return _array([length], [length], "float64", "NaN", _RAW_CODECS)
 
 
 def group(members: Mapping[str, Metadata] | None = None) -> Metadata:

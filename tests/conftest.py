@@ -25,10 +25,10 @@ from sae_pipe.stages.sources import TextConfig, TextSource, open_text
 from sae_pipe.stages.tokens import TextTokenizer
 from sae_pipe.storage import ActivationStore, open_store
 from sae_pipe.storage.builder import StoreBuilder
-from sae_pipe.storage.codecs.base import round_to_bfloat16
 from sae_pipe.storage.corpus_writer import complete as complete_corpus
 from sae_pipe.storage.corpus_writer import create_groups
 from sae_pipe.storage.layout import Layout
+from sae_pipe.storage.values import round_to_bfloat16
 
 # Tiny models gain nothing from a second thread, and lose a lot to waiting for it: beside other work
 # on two cores the model tests took 20 times as long.
@@ -113,6 +113,12 @@ def write_store(
                 writer.write(shard, bits_ND[first:last], np.arange(first, last), masked)
         builder.finish(*writers)
     return open_store(path)
+
+
+@pytest.fixture(scope="session")
+def make_store() -> Callable[..., ActivationStore]:
+    """`write_store`: a store of the given training and held-out rows."""
+    return write_store
 
 
 @pytest.fixture(scope="session")

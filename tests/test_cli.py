@@ -108,7 +108,7 @@ def harvest_args(tmp_path: Path, **changes: Any) -> list[object]:
             f"--context-size 129 is longer than the 128 tokens that model {cli_demo.MODEL} can "
             "take. Pass 128 or less.",
         ),
-        ({"codec": "zip"}, "Unknown codec 'zip': choose one of lossless, none."),
+        ({"codec": "zip"}, "Unknown codec 'zip': choose one of compact, lossless, none."),
         (
             {"hook": "ln_f"},
             "Hook 'ln_f' is not known. Pass one of resid_post, resid_pre, mlp_out, attn_out.",
@@ -253,7 +253,8 @@ def test_fit_refuses_a_truncated_store(small_store: ActivationStore, tmp_path: P
     shard.write_bytes(shard.read_bytes()[:1000])
     assert fit_refusal(store) == (
         f"Shard 1 of {store} is damaged: activations/c/1/0: it has 1,000 bytes instead of "
-        f"{size:,}. Fetch that file again, or delete the store and harvest it again."
+        f"{size:,}. Run `sae-pipe store repair {store}`: it makes damaged files again and touches "
+        "nothing else."
     )
 
 
@@ -368,13 +369,30 @@ def test_the_demo_says_when_two_l0_cannot_be_compared(
     assert cli_demo.about_l0(unmasked, masked) == note
 
 
-def test_verify_names_the_file_that_changed(small_store: ActivationStore, tmp_path: Path) -> None:
+def test_verify_names_every_file_that_is_damaged_and_says_what_to_do(
+    small_store: ActivationStore, tmp_path: Path
+) -> None:
     store = damaged_copy(small_store, tmp_path)
-    shard = store / "activations/c/2/0"
-    data = bytearray(shard.read_bytes())
+    flipped, cut = store / "activations/c/2/0", store / "source/c/1"
+    data = bytearray(flipped.read_bytes())
     data[100] ^= 1
-    shard.write_bytes(data)
-    assert refused("store", "verify", store) == (
-        f"{shard} does not have the digest that the manifest of {store} records. "
-        "Fetch that file again, or delete the store and harvest it again."
+    flipped.write_bytes(data)
+    cut.write_bytes(cut.read_bytes()[:10])
+    size = small_store.manifest["train"]["shards"][1]["files"]["source"]["bytes"]
+    (store / "heldout/activations/c/0/0").unlink()
+    (store / "zarr.json").write_text("{}")
+    code, stdout, stderr = run("store", "verify", store)
+    assert code == 2
+    assert [
+        line.split("  ")[0] + line[line.rindex("  ") :] for line in stdout.splitlines()[2:]
+    ] == [
+        f"source/c/1  it was cut off: it has 10 bytes instead of {size:,}",
+        "activations/c/2/0  its SHA-256 is not the recorded one",
+        "heldout/activations/c/0/0  it is missing",
+        "zarr.json  it was cut off: it has 2 bytes instead of "
+        f"{small_store.manifest['files']['zarr.json']['bytes']:,}",
+    ]
+    assert stderr.splitlines()[-1] == (
+        f"Error: Store {store} is damaged: 4 of 30 files. Fetch those files again, or import or "
+        "recode the store again."
     )

@@ -63,8 +63,9 @@ def test_zeros_are_written_and_not_left_to_the_fill_value(
 def test_a_missing_file_is_an_error_at_opening(corpus: Corpus, name: str) -> None:
     (corpus.path / name).unlink()
     message = (
-        f"Corpus {corpus.path} is damaged: {name} is missing. Restore it from a copy, or harvest "
-        "into a new folder."
+        f"Corpus {corpus.path} is damaged: {name} is missing. Run `sae-pipe store repair` on its "
+        "store, which copies it from a store beside it that has the same tokens, or harvest into a "
+        "new folder."
     )
     with pytest.raises(StoreError, match=f"^{re.escape(message)}$"):
         Corpus(corpus.path)
@@ -76,7 +77,8 @@ def test_a_truncated_chunk_is_an_error_at_opening(corpus: Corpus) -> None:
     path.write_bytes(path.read_bytes()[:100])
     message = (
         f"Corpus {corpus.path} is damaged: train/tokens/c/0/0 has 100 bytes instead of {size}. "
-        "Restore it from a copy, or harvest into a new folder."
+        "Run `sae-pipe store repair` on its store, which copies it from a store beside it that has "
+        "the same tokens, or harvest into a new folder."
     )
     with pytest.raises(StoreError, match=f"^{re.escape(message)}$"):
         Corpus(corpus.path)

@@ -1,6 +1,7 @@
 """What runs on a GPU, against its CPU twin. Only adds: everything here is tested on the CPU too."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ pytestmark = [
 ]
 
 
-def harvested(out: Path, device: str) -> ActivationStore:
+def harvested(out: Path, device: str, **changes: Any) -> ActivationStore:
     config = HarvestConfig(
         model=str(cli_demo.MODEL),
         layers=(3,),
@@ -33,6 +34,7 @@ def harvested(out: Path, device: str) -> ActivationStore:
         heldout_tokens=500,
         device=device,
         dtype="float32",
+        **changes,
     )
     return open_store(harvest(config, say=lambda line: None, show_progress=False)[0])
 
@@ -51,6 +53,17 @@ def test_a_harvest_on_the_gpu_stores_the_rows_of_one_on_the_cpu(tmp_path: Path) 
 def test_the_same_harvest_twice_on_the_gpu_gives_the_same_bytes(tmp_path: Path) -> None:
     stores = [harvested(tmp_path / name / "acts.zarr", "cuda") for name in ("a", "b")]
     assert stores[0].digest == stores[1].digest
+
+
+def test_two_workers_on_the_gpu_give_the_bytes_of_one_process(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"block_bytes": 2_000_000, "batch_contexts": 64}
+    one = harvested(tmp_path / "one.zarr", "cuda", **options)
+    many = harvested(tmp_path / "many.zarr", "cuda", workers=2, **options)
+    assert (
+        one.manifest["train"]["layout"]["n_rows"]
+        > 2 * one.manifest["train"]["layout"]["block_rows"]
+    )
+    assert one.digest == many.digest
 
 
 def test_batches_on_the_gpu_are_those_on_the_cpu(small_store: ActivationStore) -> None:

@@ -18,8 +18,8 @@ from sae_pipe.stages.harvest import harvest
 from sae_pipe.stages.masking import MaskConfig, mask_tokens
 from sae_pipe.stages.sources import TextConfig
 from sae_pipe.storage import NetworkError, open_store
-from sae_pipe.storage.codecs.base import round_to_bfloat16
 from sae_pipe.storage.corpus import corpus_digest
+from sae_pipe.storage.values import round_to_bfloat16
 
 from .harvesting import CONTEXT, config_for, quiet
 
@@ -239,3 +239,53 @@ def test_torch_batches_are_the_stored_rows_scaled(store: Path) -> None:
     assert float((served**2).sum(1).mean()) == pytest.approx(1, rel=1e-4)
     expected = torch.from_numpy(opened.read(slice(None))) * scale
     torch.testing.assert_close(served.sort(0).values, expected.sort(0).values)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_can_be_stored_in_another_number_format(
+    lm: Path, text: Path, store: Path, tmp_path: Path, dtype: str
+) -> None:
+    config = config_for(lm, text, tmp_path / "acts.zarr", store_dtype=dtype)
+    quiet(config)
+    exact, rounded = open_store(config.out), open_store(store)
+    assert exact.manifest["encoding"]["dtype"] == dtype
+    values, bits = exact.read(slice(None)), rounded.read(slice(None))
+    # One text, one mask, one shuffle; another rounding. A block holds fewer rows of 4 bytes.
+    if dtype == "float16":
+        np.testing.assert_allclose(values, bits, rtol=2**-8, atol=1e-3)
+        np.testing.assert_array_equal(values, values.astype(np.float16))
+    else:
+        np.testing.assert_array_equal(np.sort(round_floats(values), axis=0), np.sort(bits, axis=0))
+        assert not np.array_equal(values, round_floats(values))
+    batch = next(iter(TorchBatches(exact, batch_size=64, scale=2.0)))
+    assert batch.dtype == torch.float32
+    exact.close()
+
+
+def round_floats(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return (round_to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
+
+
+def test_a_compact_store_says_how_large_its_error_is(
+    lm: Path, text: Path, store: Path, tmp_path: Path
+) -> None:
+    config = config_for(lm, text, tmp_path / "acts.zarr", codec="compact")
+    quiet(config)
+    compact, exact = open_store(config.out), open_store(store)
+    there, rows = compact.read(slice(None)), exact.read(slice(None)).astype(np.float64)
+    spread = (rows - rows.mean(0)) ** 2
+    errors = (rows - there) ** 2
+    recorded = compact.manifest["encoding"]
+    assert recorded["error"]["relative"] == pytest.approx(errors.sum() / spread.sum(), rel=1e-5)
+    assert recorded["error"]["relative"] == pytest.approx(0.0052, rel=0.05)
+    assert recorded["error"]["clipped_values"] == 0
+    per_dimension = errors.sum(0) / spread.sum(0)
+    np.testing.assert_allclose(compact.relative_error, per_dimension, rtol=1e-5)
+    assert recorded["error"]["per_dimension_max"] == pytest.approx(per_dimension.max(), rel=1e-5)
+    np.testing.assert_allclose(compact.mean, there.astype(np.float64).mean(0), rtol=1e-5, atol=1e-6)
+    with TorchBatches(compact, batch_size=64) as batches:
+        batch = next(iter(batches)).numpy()
+    with compact.batches(64) as loader:
+        np.testing.assert_allclose(batch, loader.to_floats(next(loader)), rtol=1e-6)
+    multiples = batch / recorded["parameters"]["step"]
+    np.testing.assert_allclose(multiples, np.rint(multiples), atol=1e-4)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_pipe.stages import harvest_plan
+from sae_pipe.stages import harvest_plan, harvest_run
 from sae_pipe.stages.backoff import BatchRunner
 from sae_pipe.stages.harvest import harvest
 from sae_pipe.stages.harvest_config import HarvestConfig
@@ -44,7 +45,7 @@ def _harvest_in_child(config: HarvestConfig, die_at: int | None, events: Any) ->
     for name in ("replace", "fsync", "posix_fallocate"):
         setattr(os, name, counted(getattr(os, name)))
     BatchRunner._try = counted(BatchRunner._try)  # type: ignore[method-assign]
-    vars(harvest_plan)["measure"] = lambda *_: Rates(tokens_per_s=1e3, bytes_per_value=1.4)
+    vars(harvest_run)["measure"] = lambda *_: Rates(tokens_per_s=1e3, bytes_per_value=1.4)
     quiet(config)
 
 
@@ -83,12 +84,95 @@ def test_killed_at_random_instants_a_harvest_gives_the_bytes_of_one_never_interr
     assert kills >= 10
 
 
+# What a harvest comes to, in order: each is a list of writes, the last of which is the moment.
+MOMENTS = {
+    "beginning": ([r"fsync .*/\.tokenizer\.json"], [r"replace .*\.zarr/manifest\.json"]),
+    "tokenising": ([r"fsync .*/cache\.documents"], [r"fsync .*/cache\.tokens"]),
+    "assembling the tokens": (
+        [r"replace .*building/corpus/train/tokens/c/0"],
+        [r"fsync .*building/corpus/zarr\.json"],
+        [r"replace .*building/corpus/corpus\.json"],
+        [r"replace .*\.zarr/corpus$"],
+    ),
+    "laying out": (
+        [r"replace .*\.zarr/masked/zarr\.json"],
+        [r"replace .*\.zarr/zarr\.json"],
+        [r"replace .*\.zarr/zarr\.json", r"replace .*\.zarr/manifest\.json"],
+    ),
+    "sealing a shard": (
+        [r"replace .*/heldout/source/c/0"],
+        [r"replace .*/\.commits/heldout/0"],
+        [r"replace .*\.zarr/source/c/2"],
+        [r"replace .*\.zarr/masked/c/4"],
+        [r"fsync .*\.zarr/activations/c/6/\.0"],
+        [r"replace .*\.zarr/activations/c/7/0"],
+        [r"replace .*/\.commits/train/00000009"],
+    ),
+    "writing the manifest": (
+        [r"replace .*/statistics/mean/c/0"],
+        [r"replace .*/statistics/variance/c/0"],
+        [r"replace .*/statistics/variance/c/0", r"fsync .*\.zarr/\.manifest\.json"],
+        [r"replace .*/statistics/variance/c/0", r"replace .*\.zarr/manifest\.json"],
+    ),
+}
+
+
+def _harvest_until(config: HarvestConfig, moment: list[str], *, is_done: bool) -> None:
+    """Harvest, and die by SIGKILL just before or, with is_done, just after a write."""
+    lock, left = threading.Lock(), list(moment)
+
+    def watched(name: str, function: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            path = args[-1] if name == "replace" else os.readlink(f"/proc/self/fd/{args[0]}")
+            with lock:
+                if left and re.search(left[0], f"{name} {path}"):
+                    del left[0]
+                    if not left:
+                        if is_done:
+                            function(*args, **kwargs)
+                        os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return called
+
+    torch.set_num_threads(1)
+    for name in ("replace", "fsync"):
+        setattr(os, name, watched(name, getattr(os, name)))
+    vars(harvest_run)["measure"] = lambda *_: Rates(tokens_per_s=1e3, bytes_per_value=1.4)
+    quiet(config)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs names of open files")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
+def test_killed_at_the_writes_of_every_phase_in_turn_a_harvest_loses_and_repeats_no_row(
+    lm: Path, text: Path, store: Path, tmp_path: Path, is_done: bool
+) -> None:
+    config = config_for(lm, text, tmp_path / "acts.zarr")
+    context = multiprocessing.get_context("fork")
+    for phase, moments in MOMENTS.items():
+        for moment in moments:
+            process = context.Process(
+                target=_harvest_until, args=(config, moment), kwargs={"is_done": is_done}
+            )
+            process.start()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL, f"{phase}: {moment} never came"
+    if not is_done:
+        with pytest.raises(StoreError, match="is not finished"):
+            open_store(config.out)
+    quiet(config)
+    # After the last of these writes the store is complete, and nothing reads the commit records.
+    found = {name: data for name, data in content(config.out).items() if ".commits/" not in name}
+    assert found == content(store)
+
+
 def test_a_block_kept_on_disk_goes_on_at_the_context_it_had_reached(
     lm: Path, text: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_for(lm, text, tmp_path / "acts.zarr", note_every_s=0.0)
     monkeypatch.setattr(
-        harvest_plan, "measure", lambda *_: Rates(tokens_per_s=1000.0, bytes_per_value=1.4)
+        harvest_run, "measure", lambda *_: Rates(tokens_per_s=1000.0, bytes_per_value=1.4)
     )
     seen: list[int] = []
     interrupt_at = 12

@@ -115,7 +115,7 @@ def test_nan_in_an_activation_stops_with_context_and_position(
     config = config_for(broken, text, tmp_path / "acts.zarr", mask_p=(0.0,))
     message = (
         r"^The activation of layer 1 at context (\d+), position (\d+) of the (training|held-out) "
-        r"rows is NaN or Inf: the model overflows in this number format\. Pass --dtype float32 "
+        r"rows is NaN or Inf: it overflows in this number format\. Pass --dtype float32 "
         r"\(or bfloat16 if it was float16\) with another --out\.$"
     )
     with pytest.raises(NonFiniteError, match=message) as raised:

@@ -1,8 +1,10 @@
-"""Manifests that were damaged or made up: one sentence, never a traceback or a wrong number."""
+"""Stores that were damaged or made up: one sentence, never a traceback or a wrong number."""
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 
 from sae_pipe.pipeline.cli import app
 from sae_pipe.storage import ActivationStore, StoreError, open_store
+from sae_pipe.storage.shard import crc32c, index_bytes
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -68,3 +71,131 @@ def test_json_that_is_none_of_ours_is_refused_in_one_sentence(
     (copy / file).write_text(content)
     with pytest.raises(StoreError, match=str(copy)):
         assert open_store(copy).corpus
+
+
+def damaged_copy(store: ActivationStore, folder: Path) -> Path:
+    return Path(shutil.copytree(store.path, folder / "copy.zarr"))
+
+
+def repairs(path: Path) -> str:
+    return f"Run `sae-pipe store repair {path}`: it makes damaged files again and touches nothing else."
+
+
+def test_a_chunk_that_the_index_calls_absent_is_an_error_and_never_a_fill_value(
+    small_store: ActivationStore, tmp_path: Path
+) -> None:
+    copy = damaged_copy(small_store, tmp_path)
+    file = copy / "activations/c/2/0"
+    data = bytearray(file.read_bytes())
+    index = bytearray(data[-index_bytes(4) : -4])
+    index[16:32] = b"\xff" * 16  # a valid index, as a Zarr writer leaves it that skips a chunk
+    data[-index_bytes(4) :] = index + crc32c(bytes(index))
+    file.write_bytes(data)
+    message = f"Shard 2 of {copy} is damaged: activations/c/2/0: its index lacks a chunk. "
+    with pytest.raises(StoreError, match=f"^{re.escape(message + repairs(copy))}$"):
+        open_store(copy).read(slice(2048, 2049))
+    with (
+        open_store(copy).batches(4096) as batches,
+        pytest.raises(StoreError, match=r"^Shard 2 of "),
+    ):
+        next(batches)
+
+
+@pytest.mark.parametrize("array", ["source", "masked"])
+def test_a_flipped_bit_in_source_or_masked_is_named(
+    small_store: ActivationStore, tmp_path: Path, array: str
+) -> None:
+    copy = damaged_copy(small_store, tmp_path)
+    file = copy / array / "c/3"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    message = f"Shard 3 of {copy} is damaged: {array}/c/3: a chunk fails its checksum. "
+    store = open_store(copy)
+    read = store.source if array == "source" else store.masked
+    with pytest.raises(StoreError, match=f"^{re.escape(message + repairs(copy))}$"):
+        read([3500])
+
+
+@pytest.mark.parametrize("array", ["activations", "source", "masked"])
+def test_a_missing_file_of_a_shard_is_named_when_the_store_is_opened(
+    small_store: ActivationStore, tmp_path: Path, array: str
+) -> None:
+    copy = damaged_copy(small_store, tmp_path)
+    name = f"{array}/c/1/0" if array == "activations" else f"{array}/c/1"
+    (copy / name).unlink()
+    message = f"Shard 1 of {copy} is damaged: {name}: it is missing. {repairs(copy)}"
+    with pytest.raises(StoreError, match=f"^{re.escape(message)}$"):
+        open_store(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m["train"]["shards"][1]["files"]["activations"].update(bytes=77),
+            "Shard 1 of {copy} is damaged: activations/c/1/0: it has {size} bytes instead of 77. "
+            "{repairs}",
+        ),
+        (
+            lambda m: m["train"]["layout"].update(n_rows=9000),
+            "The manifest of {copy} lists 4 train shards, and its sizes ask for 9. "
+            "Fetch or harvest the store again.",
+        ),
+        (
+            lambda m: m.update(format_version=9),
+            "Store {copy} has format version 9, and this sae-pipe reads up to 1. "
+            "Upgrade it: pip install --upgrade sae-pipe.",
+        ),
+    ],
+    ids=["bytes", "rows", "future"],
+)
+def test_a_manifest_that_lies_or_is_of_the_future_is_refused(
+    small_store: ActivationStore, tmp_path: Path, change: Change, message: str
+) -> None:
+    copy = damaged_copy(small_store, tmp_path)
+    size = (copy / "activations/c/1/0").stat().st_size
+    manifest = json.loads((copy / "manifest.json").read_text())
+    change(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    expected = message.format(copy=copy, size=f"{size:,}", repairs=repairs(copy))
+    with pytest.raises(StoreError, match=f"^{re.escape(expected)}$"):
+        open_store(copy)
+
+
+# --- a folder that cannot be written ---
+
+
+@pytest.fixture
+def read_only(small_store: ActivationStore, tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk that cannot be written, with a copy of a store in it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)]
+    mounted = shutil.which("mount") and subprocess.run(mount, check=False, capture_output=True)
+    if not mounted or mounted.returncode:
+        pytest.skip("a disk can only be mounted by root")
+    try:
+        shutil.copytree(small_store.path, disk / "copy.zarr")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_store_on_a_read_only_disk_can_be_read_and_checked_but_not_written(
+    read_only: Path,
+) -> None:
+    store = read_only / "copy.zarr"
+    assert open_store(store).read(slice(0, 4)).shape == (4, 16)
+    assert CliRunner().invoke(app, ["store", "verify", str(store)]).exit_code == 0
+    cannot = (
+        "could not be written (Read-only file system). Choose a folder that this user can write."
+    )
+    fit = ["fit", "--store", str(store), "--l0", "4", "--d-sae", "32", "--batch-size", "256"]
+    for command, what in (
+        (["store", "repair", str(store)], f"{store} {cannot}"),
+        ([*fit, "--out", str(read_only / "run")], f"{read_only / 'run'} {cannot}"),
+    ):
+        result = CliRunner().invoke(app, command)
+        assert (result.exit_code, result.stderr) == (2, f"Error: {what}\n")

@@ -1,55 +1,121 @@
-"""What a codec is, and the bfloat16 arithmetic that codecs share.
+"""What a codec is.
 
-# R rows of a chunk, D d_in
+# R rows of a chunk, D d_in, K columns of a frame
 
-Inside sae-pipe a value travels as the 16 bits of its bfloat16 (uint16). In a store it stands in a
-float32 array, because no released zarr-python knows bfloat16 and a plain reader must see the right
-numbers; the low 16 bits are zero there and cost nothing once compressed.
+A chunk of rows is stored as one frame for each run of K columns (K = D for most codecs). A frame is
+exactly what the Zarr v3 codecs that the codec declares would accept, so every Zarr reader that
+knows those gets right numbers without this package.
 """
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-Bits = NDArray[np.uint16]
-Floats = NDArray[np.float32]
+from ..errors import InputError
+from ..values import BFLOAT16, Floats, Rows, ValueType
 
 
-class Codec(Protocol):
-    """One way to turn a chunk of rows into bytes. Stateless, so threads may share it."""
+@dataclass(frozen=True)
+class Served:
+    """How a reader hands rows over: `memory` arrays, whose numbers are `step` times their values.
+
+    name: a number format of storage/values.py, or "steps" for whole multiples of `step`.
+    """
 
     name: str
-    description: str
+    memory: np.dtype[Any]
+    step: float = 1.0
 
-    def zarr_codecs(self) -> list[dict[str, Any]]:
+
+@dataclass(frozen=True, kw_only=True)
+class Codec(ABC):
+    """One way to turn chunks of rows into bytes. Immutable, so threads may share it."""
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    is_lossy: ClassVar[bool] = False
+
+    values: ValueType = field(default=BFLOAT16)
+
+    @classmethod
+    def parse(cls, option: str | None, values: ValueType) -> Self:
+        """The codec of `NAME` or `NAME:option`; InputError for an option it does not take."""
+        if option is not None:
+            raise InputError(
+                f"Codec {cls.name!r} takes no option, found {cls.name}:{option}. "
+                f"Pass --codec {cls.name}."
+            )
+        return cls(values=values)
+
+    @property
+    def spelling(self) -> str:
+        """What --codec takes to get this codec."""
+        return self.name
+
+    @property
+    def container(self) -> str:
+        """Zarr data type of the array, which is what a plain reader shows."""
+        return self.values.container
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """Type of the numbers inside a frame."""
+        return np.dtype(self.container)
+
+    @property
+    def served(self) -> Served:
+        """What `serve` writes."""
+        return Served(self.values.name, self.values.memory)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What calibration has found, for the manifest."""
+        return {}
+
+    def calibrated(self, sample_RD: Floats) -> Self:
+        """This codec fitted to a sample of the rows it will store."""
+        return self
+
+    def with_parameters(self, parameters: dict[str, Any]) -> Self:
+        """This codec as the manifest of a store records it; ValueError for what cannot be."""
+        return self
+
+    def columns(self, d_in: int) -> int:
+        """Columns K of a frame; divides d_in."""
+        return d_in
+
+    def chunk_rows(self, d_in: int) -> int | None:
+        """Rows of a chunk where the codec needs a number of its own."""
+        return None
+
+    def kept(self, values_RD: Floats) -> Floats:
+        """What a reader will see of these values: themselves, unless the codec is lossy."""
+        return values_RD
+
+    @abstractmethod
+    def zarr_codecs(self, d_in: int) -> list[dict[str, Any]]:
         """The Zarr v3 metadata of the codecs inside the shard, in order, ending with crc32c."""
-        ...
 
-    def encode(self, values_RD: Floats) -> bytes:
-        """One frame, without the checksum that `zarr_codecs` ends with."""
-        ...
+    @abstractmethod
+    def encode(self, values_RD: Floats) -> list[bytes]:
+        """The frames of one chunk, columns ascending, without the checksums that stand behind."""
 
-    def decode(self, frame: memoryview, values_RD: Floats) -> None:
-        """Fill `values_RD` (C-contiguous) from one frame; ValueError if the sizes do not agree."""
-        ...
+    @abstractmethod
+    def decode(self, frame: memoryview, stored_RK: Rows) -> None:
+        """Fill `stored_RK` (contiguous, type `stored`) from one frame.
 
+        ValueError if the frame is damaged or of another size.
+        """
 
-def widen(bits: Bits, out: Floats) -> None:
-    """The float32 values of bfloat16 bits. `out` is overwritten, low halves included."""
-    np.left_shift(bits, 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
+    def serve(self, stored_RK: Rows, out_RK: Rows) -> None:
+        """The rows of a decoded frame as `served` says; out_RK may be columns of a wider array."""
+        if self.values is BFLOAT16:
+            np.right_shift(stored_RK.view(np.uint32), 16, out=out_RK, casting="unsafe")
+        else:
+            np.copyto(out_RK, stored_RK)
 
-
-def narrow(values: Floats, out: Bits) -> None:
-    """The bfloat16 bits of float32 values that are bfloat16 already (their low half is zero)."""
-    high = values.view(np.uint16).reshape(*values.shape, 2)[..., 1]  # little-endian: high half last
-    np.copyto(out, high)
-
-
-def round_to_bfloat16(values: Floats) -> Bits:
-    """bfloat16 bits of float32 values, round-to-nearest-even. NaN stays NaN."""
-    as_int = np.ascontiguousarray(values).view(np.uint32)
-    rounded = as_int + np.uint32(0x7FFF) + ((as_int >> np.uint32(16)) & np.uint32(1))
-    bits = (rounded >> np.uint32(16)).astype(np.uint16)
-    bits[np.isnan(values)] = 0x7FC0
-    return bits
+    def to_floats(self, served_RD: Rows, out_RD: Floats) -> None:
+        """float32 of served rows: bit for bit what a plain Zarr reader shows."""
+        self.values.to_floats(served_RD, out_RD)

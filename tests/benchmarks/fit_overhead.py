@@ -30,11 +30,11 @@ from sae_pipe.stages.fitconfig import FitConfig
 from sae_pipe.stages.sae import ARCHITECTURES
 from sae_pipe.storage import ActivationStore, open_store
 from sae_pipe.storage.builder import StoreBuilder
-from sae_pipe.storage.codecs.base import round_to_bfloat16
 from sae_pipe.storage.corpus_writer import complete as complete_corpus
 from sae_pipe.storage.corpus_writer import create_groups
 from sae_pipe.storage.layout import Layout
 from sae_pipe.storage.provenance import hardware
+from sae_pipe.storage.values import round_to_bfloat16
 
 START_UP_STEPS = 5
 

@@ -1,0 +1,91 @@
+"""sae-pipe store ls and repair, and what store verify does with the files of a store."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import told_to_the_user
+from .tables import printable, table
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file to `sae-pipe store`."""
+    app.command()(repair)
+    app.command("ls")(list_stores)
+
+
+@told_to_the_user
+def repair(
+    path: Annotated[Path, typer.Argument(help="The store, such as acts.zarr.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model that it was harvested from. Default: where that one was."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, cuda, cuda:N, mps or cpu. Default: the kind that it was harvested on."
+        ),
+    ] = None,
+) -> None:
+    """Make damaged files of a store again, and touch nothing else.
+
+    Needs no text: shards are harvested again from the tokens and the recipe in the store. Can be
+    killed at any instant and run again.
+    """
+    from ..stages.repair import repair as run
+
+    run(path, model=model, device=device, say=typer.echo)
+
+
+@told_to_the_user
+def list_stores(
+    folder: Annotated[Path, typer.Argument(help="Where the stores are.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """List the stores of a folder, from their manifests alone."""
+    from ..storage.listing import HEADER, as_cells, stores_in
+
+    found = stores_in(folder)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    elif not found:
+        typer.echo(f"There are no stores in {folder}.")
+    else:
+        typer.echo(table(HEADER, [[printable(c) for c in as_cells(entry)] for entry in found]))
+        damaged = [printable(entry["error"]) for entry in found if "error" in entry]
+        if damaged:
+            typer.echo("\n" + "\n".join(damaged))
+
+
+def verify_files(path: Path) -> str:
+    """Compare every file with its digest; returns a line that says that all is well.
+
+    Prints a table of all that is not, and raises StoreError with what to do.
+    """
+    from ..stages.progress import progress
+    from ..storage import StoreError
+    from ..storage.manifest import COMPLETE, read_manifest
+    from ..storage.verify import advice, stored_files, verify_store
+
+    manifest = read_manifest(path)
+    files = stored_files(path, manifest)
+    total = sum(file.bytes for file in files)
+    begun = time.perf_counter()
+    with progress(total, "verify", "B") as bar:
+        damages = verify_store(path, manifest, files, bar.update)
+    seconds = time.perf_counter() - begun
+    if damages:
+        header = ("file", "what is wrong")
+        typer.echo(table(header, [(d.file.name, d.what) for d in damages], right=False))
+        raise StoreError(
+            f"Store {path} is damaged: {len(damages)} of {len(files)} files. "
+            f"{advice(path, manifest, damages)}"
+        )
+    rate = f"{total / 1e9:.2f} GB at {total / 1e9 / max(seconds, 1e-9):.2f} GB/s"
+    if manifest["state"] != COMPLETE:
+        return f"{path} is unfinished, and what is there is whole: {len(files)} files, {rate}."
+    return f"{path} is whole: {len(files)} files match their digests ({rate})."

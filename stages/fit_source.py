@@ -1,0 +1,52 @@
+"""Which rows a fit gets: a complete store, what there is of an unfinished one, or all as it comes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..storage import ActivationStore, open_store
+from ..storage.manifest import COMPLETE, read_manifest
+from ..storage.unfinished import PrefixStore, follow_store, open_prefix
+from .rundir import RunFolder
+from .sae.weights import is_run_config, load_config
+
+Say = Callable[[str], object]
+
+
+def open_to_fit(path: Path, run: Path, *, follow: bool, say: Say) -> ActivationStore:
+    """Open a store for the run in a folder, which may have been begun.
+
+    A run that was begun on the first rows of an unfinished store goes on with just those, even if
+    there are more by now. follow: all rows, waited for. say: told which rows these are, and about
+    waiting. Raises StoreError as `open_store` does, or when no row is there yet.
+    """
+    if follow:
+        return follow_store(path, say)
+    pin = _pinned(run)
+    if "prefix_rows" in pin:
+        store: ActivationStore = open_prefix(path, pin["prefix_rows"], pin["prefix_heldout_rows"])
+        begun = " that it was begun with"
+    elif read_manifest(path).get("state") == COMPLETE:
+        return open_store(path)
+    else:
+        store, begun = open_store(path, unfinished=True), ""
+    if isinstance(store, PrefixStore):  # not if it was completed just now
+        how = "fitting from" if not begun else "going on with"
+        is_complete = read_manifest(path).get("state") == COMPLETE
+        what = f"{path} is unfinished" if not is_complete else f"{path} is complete by now"
+        say(f"{what}: {how} {store.describe()}{begun}.")
+    return store
+
+
+def _pinned(run: Path) -> dict[str, Any]:
+    """The rows that a run was begun with; nothing when there is no run, or it is damaged."""
+    if not RunFolder(run).config_file.is_file():
+        return {}
+    config = load_config(run)
+    recipe = config.get("recipe") if is_run_config(config) else None
+    if not isinstance(recipe, dict):
+        return {}
+    names = ("prefix_rows", "prefix_heldout_rows")
+    if not all(type(recipe.get(name)) is int and recipe[name] >= 0 for name in names):
+        return {}
+    return {name: recipe[name] for name in names}

@@ -1,0 +1,58 @@
+"""Disk space, said for people and asked for before it is needed; folders shared by hard links."""
+
+import os
+import shutil
+from pathlib import Path
+
+from .errors import DiskError
+from .files import fsync_folder
+
+
+def free_bytes(path: Path) -> int:
+    """Free space of the disk that a path is, or will be, on."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def human_bytes(n: float) -> str:
+    """Bytes for people, in powers of ten as disks are sold."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "bytes" or n >= 100 else f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+def check_room(path: Path, needed: int) -> None:
+    """DiskError when the disk that `path` will be on has less than `needed` bytes free."""
+    free = free_bytes(path)
+    if needed > free:
+        raise DiskError(
+            f"The disk is too small: {path} needs about {human_bytes(needed)}, and "
+            f"{human_bytes(free)} are free at {path.absolute().parent}. Free space there, or pass "
+            "a place on a larger disk."
+        )
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Make `target` hold the files of `source`, without copying them where the disk allows.
+
+    Files of a store are never changed in place, only replaced, so sharing them is safe.
+    """
+    unfinished = target.with_name(f".{target.name}.linking")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(source, unfinished, copy_function=link_or_copy)
+    os.replace(unfinished, target)
+    fsync_folder(target.parent)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """One file under a second name, or a copy of it where the disk does not allow that."""
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without links
+        shutil.copy2(source, target)
+        with open(target, "rb") as copied:
+            os.fsync(copied.fileno())

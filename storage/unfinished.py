@@ -1,0 +1,322 @@
+"""Reading a store that is still being written: the part that is there, or all of it as it comes.
+
+`open_prefix` takes the shards that are sealed now, up to the first that is not, as a smaller store.
+`follow_store` takes the whole store as its sizes say it will be, and waits for each shard that is
+not sealed yet. What either serves depends on the recipe and not on when it was opened: the digest
+of a prefix is that of its shards' records, and that of a followed store leaves the shards out.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError, StoreError
+from .lock import has_writer
+from .manifest import (
+    COMMITS,
+    COMPLETE,
+    HARVESTING,
+    TOKENISING,
+    Manifest,
+    content_digest,
+    layout_of,
+    read_commit,
+    read_manifest,
+)
+from .rows import SplitReader
+from .statistics import Moments
+from .store import ActivationStore, check_record
+
+POLL_S = 0.5
+_FIRST_WORD_S = 2.0  # a wait shorter than this is not spoken of
+_NEXT_WORD_S = 60.0
+_ARRAYS = {"train": {"activations", "source", "masked"}, "heldout": {"activations", "source"}}
+
+Record = dict[str, Any]
+Say = Callable[[str], object]
+
+
+class WaitEnded(Exception):
+    """A wait for a shard was ended by whoever waits for it; not an error of the user's."""
+
+
+class _Unfinished(ActivationStore):
+    """What both kinds have in common."""
+
+    @cached_property
+    def mean_squared_norm(self) -> float:
+        """Mean of ||x||^2 over the rows of the first shard.
+
+        Not over all rows that are there: it decides the norm factor of a fit, which must be the
+        same whenever it is asked for. Rows are a fair sample in every shard.
+        """
+        layout = self._train.layout
+        first, last = layout.rows_of_shard(0)
+        moments = Moments.empty(layout.d_in)
+        for start in range(first, last, layout.chunk_rows):
+            rows = self._train.read(slice(start, min(start + layout.chunk_rows, last)))
+            moments.merge(Moments.of(rows))
+        return moments.mean_squared_norm
+
+    def _identify(self) -> str:
+        return content_digest(self.manifest)
+
+    def _vector(self, name: str) -> NDArray[np.float64]:
+        if not (self.path / name / "c" / "0").is_file():
+            raise StoreError(
+                f"Store {self.path} is unfinished: the statistics of its rows are written when it "
+                "is complete. Open it again then."
+            )
+        return super()._vector(name)
+
+
+# --- a prefix ---
+
+
+class PrefixStore(_Unfinished):
+    """The first rows of a store, as a store of its own. n_shards: of the whole store."""
+
+    def __init__(self, path: Path, manifest: Manifest, n_shards: int) -> None:
+        super().__init__(path, manifest)
+        self.n_shards = n_shards
+
+    @property
+    def pin(self) -> dict[str, Any]:
+        return {"prefix_rows": self.n_rows, "prefix_heldout_rows": self.heldout.n_rows}
+
+    def describe(self) -> str:
+        """What of the store this is: its first 196,608 rows, 12 of 40 shards."""
+        return (
+            f"its first {self.n_rows:,} rows, {self._train.layout.n_shards:,} of "
+            f"{self.n_shards:,} shards"
+        )
+
+
+def open_prefix(
+    path: Path, rows: int | None = None, heldout_rows: int | None = None
+) -> PrefixStore:
+    """The sealed shards up to the first that is not, of an unfinished or a complete store.
+
+    rows, heldout_rows: take just so many, as an earlier `pin` says. Raises StoreError when no
+    training row, or not so many rows, are there.
+    """
+    manifest, records = _sealed(path)
+    asked = {"train": rows, "heldout": heldout_rows}
+    derived = dict(manifest)
+    n_shards = layout_of(manifest["train"], path).n_shards
+    for split, n_asked in asked.items():
+        layout = layout_of(manifest[split], path)
+        there = min(len(records[split]) * layout.shard_rows, layout.n_rows)
+        n_rows = there if n_asked is None else n_asked
+        if n_rows > there:
+            raise StoreError(
+                f"Store {path} has {there:,} {split} rows that are sealed, and {n_rows:,} were "
+                "there before. It was begun anew: pass another --out to fit from it."
+            )
+        shards = records[split][: -(-n_rows // layout.shard_rows)]
+        derived[split] = {
+            "layout": {**manifest[split]["layout"], "n_rows": n_rows},
+            "shards": shards,
+        }
+    if derived["train"]["layout"]["n_rows"] == 0:
+        raise StoreError(
+            f"Store {path} has no sealed shard yet. Wait for the first one, or pass --follow to "
+            "`sae-pipe fit`."
+        )
+    return PrefixStore(path, derived, n_shards)
+
+
+def _sealed(path: Path) -> tuple[Manifest, dict[str, list[Record]]]:
+    """The manifest and, by split, the records of the shards up to the first without one."""
+    while True:
+        manifest = read_manifest(path)
+        if manifest.get("state") == COMPLETE:
+            return manifest, {split: list(manifest[split]["shards"]) for split in _ARRAYS}
+        if manifest.get("state") == TOKENISING:
+            raise StoreError(
+                f"Store {path} has no rows yet: its tokens are being made. Wait for its first "
+                "shard, or pass --follow to `sae-pipe fit`."
+            )
+        records: dict[str, list[Record]] = {}
+        for split in _ARRAYS:
+            found: list[Record] = []
+            while (record := read_commit(_commit(path, split, len(found)))) is not None:
+                found.append(record)
+            records[split] = found
+        # Commit records are removed when the store is complete: what was read may lack some.
+        if read_manifest(path).get("state") != COMPLETE:
+            return manifest, records
+
+
+def _commit(path: Path, split: str, shard: int) -> Path:
+    return path / COMMITS / split / f"{shard:08d}.json"
+
+
+# --- all of it, as it comes ---
+
+
+class _Feed:
+    """The records of a store's shards, waited for where they are not there yet."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self._path, self._identity = path, identity
+        self.is_asked_to_end: Callable[[], bool] = lambda: False
+        self.say: Say = lambda line: None
+        self._complete: Manifest | None = None
+        self._lock = threading.Lock()
+        self._spoken_at = 0.0
+
+    def wait_for(self, split: str, shard: int, stopped: threading.Event) -> Record:
+        """The record of a shard; WaitEnded when the wait is ended before it is there."""
+        begun = time.monotonic()
+        while (record := self._look(split, shard)) is None:
+            if self.is_asked_to_end() or stopped.is_set():
+                raise WaitEnded
+            if time.monotonic() - begun > _FIRST_WORD_S:
+                self._speak(split, shard)
+            stopped.wait(POLL_S)
+        return record
+
+    def _look(self, split: str, shard: int) -> Record | None:
+        with self._lock:
+            if self._complete is None:
+                record = read_commit(_commit(self._path, split, shard))
+                if record is not None:
+                    return record
+                # Not sealed yet, or all records are in the manifest now.
+                manifest = read_manifest(self._path)
+                self._check_same(manifest)
+                if manifest["state"] == COMPLETE:
+                    self._complete = manifest
+            if self._complete is None:
+                return None
+            found: Record = self._complete[split]["shards"][shard]
+            return found
+
+    def _check_same(self, manifest: Manifest) -> None:
+        if manifest.get("state") not in (HARVESTING, COMPLETE) or (
+            _identity(manifest) != self._identity
+        ):
+            raise StoreError(
+                f"Store {self._path} was begun anew with another recipe while it was followed. "
+                "Pass another --out to fit from it."
+            )
+
+    def _speak(self, split: str, shard: int) -> None:
+        with self._lock:
+            if time.monotonic() - self._spoken_at < _NEXT_WORD_S and self._spoken_at:
+                return
+            self._spoken_at = time.monotonic()
+        what = "training" if split == "train" else "held-out"
+        self.say(f"Waiting for {what} shard {shard} of {self._path}. {writer_of(self._path)}")
+
+
+def writer_of(path: Path) -> str:
+    """A sentence: whether somebody is writing a store."""
+    if has_writer(path) is False:
+        return (
+            "No process is writing it: run the `sae-pipe harvest` command that began it once more."
+        )
+    return "It is being written."
+
+
+class _FollowingReader(SplitReader):
+    """Rows of one split, each shard as soon as it is sealed."""
+
+    def __init__(self, feed: _Feed, split: str, *args: Any) -> None:
+        super().__init__(*args)
+        self._feed, self._split, self._stopped = feed, split, threading.Event()
+        self._known: dict[int, Record] = {}
+
+    def stop_waiting(self) -> None:
+        self._stopped.set()
+
+    def _index(self, shard: int) -> NDArray[np.uint64]:
+        self._await(shard)
+        return super()._index(shard)
+
+    def _plain_shard(self, array: str, shard: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        self._await(shard)
+        return super()._plain_shard(array, shard, dtype)
+
+    def _recorded_bytes(self, shard: int) -> int:
+        return int(self._known[shard]["files"]["activations"]["bytes"])
+
+    def _await(self, shard: int) -> None:
+        if shard in self._known:
+            return
+        record = self._feed.wait_for(self._split, shard, self._stopped)
+        try:
+            check_record(record, _ARRAYS[self._split])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._damaged(shard, ValueError(f"its record cannot be ({error})")) from error
+        self.check_shard(shard, record)
+        self._known[shard] = record
+
+
+class FollowedStore(_Unfinished):
+    """A store as it will be when it is complete; reading waits for what is not there yet.
+
+    Rows are served in stored order of the shards, groups of them mixed, so that the first ones can
+    be served while the last are still to be written. Open one with `follow_store`.
+    """
+
+    _in_stored_order = True
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._feed = _Feed(path, _identity(manifest))
+        super().__init__(path, manifest)
+
+    def _identify(self) -> str:
+        return _identity(self.manifest)
+
+    @property
+    def pin(self) -> dict[str, Any]:
+        return {"follow": True}
+
+    def while_waiting(self, is_asked_to_end: Callable[[], bool], say: Say) -> None:
+        self._feed.is_asked_to_end, self._feed.say = is_asked_to_end, say
+
+    def _reader(self, split: str, folder: str) -> SplitReader:
+        layout = layout_of(self.manifest[split], self.path)
+        return _FollowingReader(self._feed, split, self.path, folder, layout, [], self._codec)
+
+    def _reader_of_batches(self) -> SplitReader:
+        return self._reader("train", "")  # its own: ending one loader's waits ends no other's
+
+
+def _identity(manifest: Manifest) -> str:
+    """Recipe, sizes and encoding: what decides every row, whether it is there yet or not."""
+    splits = {name: {"layout": manifest[name]["layout"], "shards": []} for name in _ARRAYS}
+    return content_digest({**manifest, **splits})
+
+
+def follow_store(path: str | Path, say: Say = lambda line: None) -> FollowedStore:
+    """Open a store that is being written, or a complete one, to read all of it as it comes.
+
+    Waits until its sizes are known, which is when its tokens are made. say: told about waiting.
+    Raises StoreError when there is no store or it is damaged.
+    """
+    path, spoken = Path(path), False
+    while (manifest := read_manifest(path)).get("state") == TOKENISING:
+        if not spoken:
+            say(f"Waiting for the tokens of {path}. {writer_of(path)}")
+        spoken = True
+        time.sleep(POLL_S)
+    if manifest.get("state") not in (HARVESTING, COMPLETE):
+        raise InputError(
+            f"Store {path} cannot be followed: its state is {manifest.get('state')!r}."
+        )
+    try:
+        return FollowedStore(path, manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(
+            f"The manifest of {path} is damaged: it lacks what every store has, or has it in "
+            f"another form ({error}). Fetch or harvest the store again."
+        ) from error

@@ -1,0 +1,251 @@
+"""Every file of a store compared with what is recorded of it: all that is wrong, not the first.
+
+Works where `open_store` refuses, because that is when it is needed: a shard may be missing or of
+another size. Only manifest.json has to be readable, and it is checked against its own digest.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .corpus import CORPUS_JSON, Corpus
+from .errors import StoreError
+from .files import is_sha256
+from .manifest import (
+    COMPLETE,
+    HARVESTING,
+    MANIFEST,
+    TOKENISING,
+    Manifest,
+    content_digest,
+    layout_of,
+    sealed_records,
+)
+
+_READ_BYTES = 1 << 20
+SPLITS = {"train": "", "heldout": "heldout"}
+SHARD, TOKENS, OTHER, RECORD = "shard", "tokens", "other", "record"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """One file and what is recorded of it.
+
+    name: its path below the store; kind: part of a shard, of the tokens, or something else; split,
+    shard, array: which, of a part of a shard.
+    """
+
+    name: str
+    kind: str
+    bytes: int
+    sha256: str
+    split: str = ""
+    shard: int = -1
+    array: str = ""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with one file: a clause such as "it is missing"."""
+
+    file: StoredFile
+    what: str
+    is_record_wrong: bool = False  # the file has its digest, but the manifest another size
+
+
+def stored_files(path: Path, manifest: Manifest) -> list[StoredFile]:
+    """Every file that the manifest, the commit records and corpus.json record.
+
+    Of an unfinished store, those of its sealed shards. Raises StoreError when the records have
+    another form, or name a file outside the store.
+    """
+    if manifest.get("state") not in (TOKENISING, HARVESTING, COMPLETE):
+        raise StoreError(
+            f"The manifest of {path} is damaged: there is no state {manifest.get('state')!r}. "
+            "Fetch or harvest the store again."
+        )
+    if manifest["state"] == TOKENISING:
+        return []
+    try:
+        files = [*_shard_files(path, manifest)]
+        for name, entry in manifest.get("files", {}).items():
+            kind = TOKENS if name.startswith("corpus/") else OTHER
+            files.append(_recorded(name, kind, entry))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(
+            f"The manifest of {path} is damaged: what it records of its files cannot be ({error}). "
+            "Fetch or harvest the store again."
+        ) from error
+    return [*_token_files(path), *files]
+
+
+def _shard_files(path: Path, manifest: Manifest) -> Iterator[StoredFile]:
+    for split, folder in SPLITS.items():
+        if manifest["state"] == COMPLETE:
+            records = dict(enumerate(manifest[split]["shards"]))
+        else:
+            records = sealed_records(path, split)
+        for shard, record in records.items():
+            for array, entry in record["files"].items():
+                if array not in ("activations", "source", "masked"):
+                    raise ValueError(f"a shard has an array {array!r}")
+                parts = [folder, array, "c", str(shard), *(["0"] if array == "activations" else [])]
+                name = "/".join(part for part in parts if part)
+                yield _recorded(name, SHARD, entry, split=split, shard=shard, array=array)
+
+
+def _recorded(name: str, kind: str, entry: Any, **of_shard: Any) -> StoredFile:
+    given = PurePosixPath(name)
+    if given.is_absolute() or ".." in given.parts or not given.parts:
+        raise ValueError(f"a file named {name!r}, which is not inside the store")
+    if type(entry["bytes"]) is not int or entry["bytes"] < 0 or not is_sha256(entry["sha256"]):
+        raise ValueError(f"{name} is recorded as {entry!r}")
+    return StoredFile(
+        name=name, kind=kind, bytes=entry["bytes"], sha256=entry["sha256"], **of_shard
+    )
+
+
+def _token_files(path: Path) -> list[StoredFile]:
+    """Files of the corpus; none when corpus.json, which lists them, is not what was written."""
+    try:
+        info = Corpus(path / "corpus", check_files=False).info
+        return [_recorded(f"corpus/{n}", TOKENS, e) for n, e in sorted(info["files"].items())]
+    except (StoreError, KeyError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def wrong_in_manifest(path: Path, manifest: Manifest) -> str | None:
+    """A clause when a complete store's manifest is not the one that was written, else None."""
+    try:
+        if manifest["state"] != COMPLETE:
+            return None
+        for split in SPLITS:
+            layout, shards = layout_of(manifest[split], path), manifest[split]["shards"]
+            if len(shards) != layout.n_shards:
+                return f"it lists {len(shards)} {split} shards, and its sizes ask for {layout.n_shards}"
+            for shard, record in enumerate(shards):
+                first, last = layout.rows_of_shard(shard)
+                if record["rows"] != last - first:
+                    return (
+                        f"it gives {split} shard {shard} {record['rows']} rows, and its sizes ask "
+                        f"for {last - first}"
+                    )
+        if content_digest(manifest) != manifest["digest"]:
+            return "its recipe, sizes and shards do not have the digest that it gives them"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"it lacks what every store has, or has it in another form ({error})"
+    return None
+
+
+def find_damage(
+    path: Path, files: Sequence[StoredFile], advance: Callable[[int], object] = lambda n: None
+) -> list[Damage]:
+    """Compare files with what is recorded of them, on all cores: everything that is wrong.
+
+    advance: called with bytes that were read, never by two threads at once.
+    """
+    lock = threading.Lock()
+
+    def read(n_bytes: int) -> None:
+        with lock:
+            advance(n_bytes)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda file: _damage_of(path, file, read), files)
+        return [damage for damage in found if damage is not None]
+
+
+def _damage_of(path: Path, file: StoredFile, read: Callable[[int], object]) -> Damage | None:
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(_READ_BYTES))
+    try:
+        with (path / file.name).open("rb", buffering=0) as opened:
+            while n := opened.readinto(buffer):
+                digest.update(buffer[:n])  # lets the interpreter lock go
+                size += n
+                read(n)
+    except FileNotFoundError:
+        return Damage(file, "it is missing")
+    except OSError as error:
+        return Damage(file, f"it cannot be read ({error.strerror})")
+    is_same = digest.hexdigest() == file.sha256
+    if size != file.bytes and is_same:
+        what = (
+            f"it is whole with {size:,} bytes, and {file.bytes:,} are recorded: the record is wrong"
+        )
+        return Damage(file, what, is_record_wrong=True)
+    if size != file.bytes:
+        how = "it was cut off: it has" if size < file.bytes else "it has"
+        return Damage(file, f"{how} {size:,} bytes instead of {file.bytes:,}")
+    return None if is_same else Damage(file, "its SHA-256 is not the recorded one")
+
+
+def wrong_corpus(path: Path, manifest: Manifest) -> Damage | None:
+    """Damage of corpus.json, which lists the other files of the tokens."""
+    entry = manifest.get("files", {}).get(f"corpus/{CORPUS_JSON}", {"bytes": 0, "sha256": "0" * 64})
+    file = _recorded(f"corpus/{CORPUS_JSON}", TOKENS, entry)
+    recorded = manifest.get("corpus", {}).get("digest")
+    if recorded is None:
+        return None
+    try:
+        found = Corpus(path / "corpus", check_files=False).digest
+    except StoreError:
+        missing = not (path / file.name).is_file()
+        return Damage(file, "it is missing" if missing else "it is not the JSON that was written")
+    if found != recorded:
+        return Damage(file, "it is that of other tokens: its digest is not the manifest's")
+    return None
+
+
+def verify_store(
+    path: Path,
+    manifest: Manifest,
+    files: Sequence[StoredFile],
+    advance: Callable[[int], object] = lambda n: None,
+) -> list[Damage]:
+    """All that is wrong with a store: its manifest, its tokens, its shards, the rest."""
+    found = []
+    what = wrong_in_manifest(path, manifest)
+    if what is not None:
+        record = StoredFile(name=MANIFEST, kind=RECORD, bytes=0, sha256="")
+        found.append(Damage(record, what, is_record_wrong=True))
+    corpus = wrong_corpus(path, manifest)
+    of_files = find_damage(path, files, advance)
+    if corpus is not None and all(d.file.name != corpus.file.name for d in of_files):
+        found.append(corpus)
+    return [*found, *of_files]
+
+
+def is_harvested(manifest: Manifest) -> bool:
+    """Whether the rows can be made again: the recipe names the model, and nothing was lost since."""
+    recipe = manifest.get("recipe", {})
+    model = recipe.get("model") if isinstance(recipe, dict) else None
+    if not isinstance(model, dict) or "recoded_from" in recipe:
+        return False
+    return "revision" in model and "batch_contexts" in manifest.get("execution", {})
+
+
+def advice(path: Path, manifest: Manifest, damages: Sequence[Damage]) -> str:
+    """The sentence that says what to do."""
+    kinds = {damage.file.kind for damage in damages}
+    command = f"`sae-pipe store repair {path}`"
+    if RECORD in kinds and not any(d.is_record_wrong and d.file.kind != RECORD for d in damages):
+        return "Fetch manifest.json again, or harvest the store again."
+    if SHARD in kinds and manifest["state"] == COMPLETE and not is_harvested(manifest):
+        return "Fetch those files again, or import or recode the store again."
+    if TOKENS in kinds:
+        return (
+            f"Run {command}: tokens can only be copied from a store beside it that has the same "
+            "ones; everything else is made again."
+        )
+    if manifest["state"] != COMPLETE:
+        return (
+            f"Run {command} and then the `sae-pipe harvest` command that began it: together they "
+            "make those files again."
+        )
+    return f"Run {command}: it makes those files again and touches nothing else."
