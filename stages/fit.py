@@ -59,7 +59,7 @@ class Summary:
 
     run: str
     arch: str
-    k: int
+    k: int | None
     d_sae: int
     seed: int
     steps: int
@@ -117,7 +117,8 @@ def fit(
 def default_out(store: ActivationStore | Path, config: FitConfig) -> str:
     """A readable run name: runs/STORE-ARCH-l0_K-seedSEED."""
     name = store_name(store) if isinstance(store, Path) else store.name
-    return f"runs/{name}-{config.arch}-l0_{config.k}-seed{config.seed}"
+    aim = f"sparsity_{config.sparsity:g}" if config.k is None else f"l0_{config.k}"
+    return f"runs/{name}-{config.arch}-{aim}-seed{config.seed}"
 
 
 def build_trainer(config: FitConfig, d_in: int, n_rows: int | None = None) -> Trainer:
@@ -138,7 +139,7 @@ def build_trainer(config: FitConfig, d_in: int, n_rows: int | None = None) -> Tr
 def _check_possible(
     config: FitConfig, d_in: int, n_rows: int | None
 ) -> tuple[Schedule, torch.device]:
-    if config.k_anneal_steps is not None and config.k >= d_in:
+    if config.k_anneal_steps is not None and config.k is not None and config.k >= d_in:
         raise InputError(
             f"k is annealed from d_in down to --l0, but d_in is {d_in} and --l0 {config.k}. "
             "Pass a smaller --l0, or leave out --k-anneal-steps."

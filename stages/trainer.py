@@ -2,7 +2,7 @@
 
 # B rows, D d_in, S d_sae
 
-A step never waits for the device: what it returns are tensors, to be read when a line is logged.
+A step never waits for a GPU: what it returns are tensors, to be read when a line is logged.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ from .sae.auxk import auxk_loss
 from .sae.base import Sae, TrainingPass
 from .sae.dead import DeadLatents
 from .sae.decoder import normalise_rows_, project_gradient_
-from .sae.initialise import geometric_median
+from .sae.ksparse import KSparse
+from .sae.p_anneal import PAnneal
+from .sae.resample import Resampler
 from .sae.schedule import annealed_k, lr_factor
+from .sae.sparsity import Sparsity
 from .sae.threshold import update_threshold_
 
 NEVER = torch.iinfo(torch.int64).max
+# Of the controller that leads to an L0, over a whole run: how far log(coefficient) can go.
+_CONTROL_RANGE = 25.0
+_MOST_GAIN = 0.02
 
 
 class Trainer:
@@ -39,47 +45,76 @@ class Trainer:
     ) -> None:
         self.config, self.schedule, self.device = config, schedule, device
         self.sae = sae.to(device)
+        sae.reference = config.reference
+        sae.low_precision = config.selection == "bf16" or config.dtype == "bfloat16"
         self.updates = 0
         self.dead = DeadLatents(sae.d_sae, schedule.dead_after_tokens, device)
         self.first_bad_step = torch.tensor(NEVER, device=device)
         self.optimizer = torch.optim.Adam(
             self.sae.parameters(),
             lr=schedule.lr,
-            betas=config.betas,
+            betas=schedule.betas,
             eps=config.eps,
             fused=device.type != "mps",
+        )
+        self.sparsity = self._make_sparsity()
+        self.annealing = sae.prepare(config, schedule) if isinstance(sae, PAnneal) else None
+        self.resampler = (
+            None
+            if config.resample_steps is None
+            else Resampler(sae, config.resample_steps, config.seed, device)
+        )
+
+    def _make_sparsity(self) -> Sparsity | None:
+        config, plan = self.config, self.schedule
+        if plan.sparsity is None:
+            return None
+        return Sparsity(
+            coefficient=plan.sparsity,
+            warmup_steps=plan.sparsity_warmup_steps,
+            target_l0=None if config.sparsity is not None else config.k,
+            gain=min(_MOST_GAIN, _CONTROL_RANGE / plan.steps),
+            device=self.device,
         )
 
     def step(self, batch_BD: Tensor) -> dict[str, Tensor | float]:
         """One update. The batch is only read; values are tensors on the device or plain numbers.
 
-        loss = l2 + coefficient * aux; l2 is the architecture's reconstruction term, and
-        explained_variance that of the whole reconstruction, around this batch's mean. threshold,
-        k and lr are those of this update.
+        loss = l2 + what the architecture adds + auxk_coefficient * aux; l2 is its reconstruction
+        term, and explained_variance that of the whole reconstruction, around this batch's mean.
+        threshold, k, coefficient and lr are those of this update.
         """
         x_BD = batch_BD.detach().to(device=self.device, dtype=self.sae.W_dec.dtype)
         if self.updates == 0:
-            self._start_from(x_BD)
-        with self._autocast():
-            forward = self.sae.training_pass(x_BD)
-            self._observe(forward, n_tokens=len(x_BD))
-            residual_BD = (x_BD - forward.x_hat_BD).detach()
-            aux = self._auxiliary_loss(residual_BD, forward)
-        loss = forward.reconstruction + self.config.auxk_coefficient * aux
+            self.sae.start_from(x_BD)
+        weight = 0.0 if self.sparsity is None else self.sparsity.weight(self.updates).to(x_BD)
+        passed = self.sae.training_pass(x_BD, weight)
+        self._observe(passed, n_tokens=len(x_BD))
+        residual_BD = x_BD - passed.x_hat_BD
+        aux = self._auxiliary_loss(residual_BD, passed)
+        loss = passed.loss + self.config.auxk_coefficient * aux
         self._remember_bad(loss)
         values: dict[str, Tensor | float] = {
             "loss": loss.detach(),
-            "l2": forward.reconstruction.detach(),
+            **passed.parts,
             "aux": aux.detach(),
             "explained_variance": _explained_variance(x_BD, residual_BD),
-            "l0": forward.l0,
+            "l0": passed.l0,
             "dead": self.dead.mask().sum(),
-            "threshold": self.sae.threshold.clone(),
-            "k": self.sae.train_k,
             "lr": self.lr,
+            **self._of_the_kind(),
         }
-        values["grad_norm"] = self._update(loss)
+        values["grad_norm"] = self._update(loss, x_BD)
+        self._learn_from(passed)
         return values
+
+    def _of_the_kind(self) -> dict[str, Tensor | float]:
+        """Values that only some architectures have."""
+        if isinstance(self.sae, KSparse):
+            return {"threshold": self.sae.threshold.clone(), "k": self.sae.train_k}
+        assert self.sparsity is not None
+        own: dict[str, Tensor | float] = {"coefficient": self.sparsity.weight(self.updates)}
+        return own | ({"p": self.sae.p} if isinstance(self.sae, PAnneal) else {})
 
     @property
     def lr(self) -> float:
@@ -90,55 +125,89 @@ class Trainer:
             steps=plan.steps,
             warmup_steps=plan.warmup_steps,
             decay_start_step=plan.decay_start_step,
+            restart_steps=self.config.resample_steps,
         )
 
-    def _start_from(self, x_BD: Tensor) -> None:
-        with torch.no_grad():
-            self.sae.b_dec.copy_(geometric_median(x_BD))
-
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _low_precision_products(self) -> AbstractContextManager[Any]:
         if self.config.dtype == "bfloat16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def _observe(self, forward: TrainingPass, *, n_tokens: int) -> None:
+    def _observe(self, passed: TrainingPass, *, n_tokens: int) -> None:
         """What a batch teaches beside gradients: exactly once a step, before the auxiliary loss."""
-        if self.updates > self.schedule.threshold_start:
-            update_threshold_(
-                self.sae.threshold, forward.smallest_kept, self.schedule.threshold_beta
-            )
-        self.dead.update_(forward.fired_S, n_tokens)
+        if isinstance(self.sae, KSparse) and self.updates > self.schedule.threshold_start:
+            sample = passed.smallest_kept
+            assert sample is not None
+            if self.config.reference:  # a batch in which nothing fires counts as a smallest of 0
+                sample = torch.where(sample.isfinite(), sample, 0)
+            update_threshold_(self.sae.threshold, sample, self.schedule.threshold_beta)
+        self.dead.update_(passed.fired_S, n_tokens)
+        if self.resampler is not None:
+            self.resampler.observe_(passed.fired_S)
 
-    def _auxiliary_loss(self, residual_BD: Tensor, forward: TrainingPass) -> Tensor:
+    def _auxiliary_loss(self, residual_BD: Tensor, passed: TrainingPass) -> Tensor:
         # No latent can be dead before that many tokens, which spares a GPU the whole computation.
         tokens_seen = (self.updates + 1) * len(residual_BD)
-        if self.config.auxk_coefficient == 0 or tokens_seen < self.dead.dead_after_tokens:
+        unused = not isinstance(self.sae, KSparse) or self.config.auxk_coefficient == 0
+        if unused or tokens_seen < self.dead.dead_after_tokens:
             return residual_BD.new_zeros(())
-        return auxk_loss(residual_BD, forward.candidates_BS, self.dead.mask(), self.sae.W_dec)
+        k_aux = self.config.k_aux or max(self.sae.d_in // 2, 1)
+        with self._low_precision_products():
+            return auxk_loss(self.sae, passed, residual_BD, self.dead.mask(), k_aux)
 
     def _remember_bad(self, loss: Tensor) -> None:
         bad = torch.where(loss.detach().isfinite(), NEVER, self.updates)
         self.first_bad_step = torch.minimum(self.first_bad_step, bad)
 
-    def _update(self, loss: Tensor) -> Tensor:
-        """Backward, project, clip, Adam, k, unit rows; in the reference's order."""
+    def _update(self, loss: Tensor, x_BD: Tensor) -> Tensor:
+        """Backward, project, clip, Adam, k, unit rows, resampling; in the reference's order."""
+        epsilon = self.config.recipe.norm_epsilon
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        project_gradient_(self.sae.W_dec)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.grad_clip)
+        if self.sae.has_unit_rows:
+            project_gradient_(self.sae.W_dec, epsilon)
+        grad_norm = self._clip()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.step()
-        if self.config.k_anneal_steps is not None:
+        if isinstance(self.sae, KSparse) and self.config.k_anneal_steps is not None:
             self.sae.train_k = annealed_k(
                 self.updates,
                 k=self.sae.k,
                 k_start=min(self.sae.d_in, self.sae.d_sae),
                 anneal_steps=self.config.k_anneal_steps,
             )
-        normalise_rows_(self.sae.W_dec)
+        if self.sae.has_unit_rows:
+            normalise_rows_(self.sae.W_dec, epsilon)
+        if self.resampler is not None:
+            self.resampler.after_step_(self.updates, x_BD, self.optimizer)
         self.updates += 1
         return grad_norm
+
+    def _clip(self) -> Tensor:
+        """The total norm of the gradients, which are scaled down to grad_clip where it is more."""
+        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        limit = self.schedule.grad_clip
+        # A CPU is asked whether there is anything to scale; a GPU scales by 1 instead.
+        if limit and (norm.device.type != "cpu" or bool(norm + 1e-6 > limit)):
+            torch.nn.utils.clip_grads_with_norm_(self.sae.parameters(), limit, norm)
+        return norm
+
+    def _learn_from(self, passed: TrainingPass) -> None:
+        """What the next pass does otherwise because of this one."""
+        if self.sparsity is None:
+            return
+        step = self.updates - 1
+        self.sparsity.observe_(step, passed.l0)
+        if self.annealing is not None:
+            self.annealing.observe(step, passed.parts, self.sparsity)
+
+    @property
+    def _parts(self) -> list[Any]:
+        """What has a state of its own, in a fixed order."""
+        parts = (self.sparsity, self.annealing, self.resampler)
+        return [part for part in parts if part is not None]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every number that the next step depends on, as a flat dict of tensors."""
@@ -148,10 +217,13 @@ class Trainer:
             zero = torch.zeros_like(parameter)
             state[f"adam_m.{name}"] = moments.get("exp_avg", zero)
             state[f"adam_v.{name}"] = moments.get("exp_avg_sq", zero)
+        for part in self._parts:
+            state |= part.state_dict()
         state["tokens_since_fired"] = self.dead.tokens_since_fired_S
         state["first_bad_step"] = self.first_bad_step
         state["updates"] = torch.tensor(self.updates)
-        state["k"] = torch.tensor(self.sae.train_k)
+        if isinstance(self.sae, KSparse):
+            state["k"] = torch.tensor(self.sae.train_k)
         state["lr"] = torch.tensor(self.lr, dtype=torch.float64)
         return {name: value.detach() for name, value in state.items()}
 
@@ -160,19 +232,25 @@ class Trainer:
         expected = self.state_dict()
         _check_alike(state, expected)
         # lr is float64, which MPS cannot hold, and it and the counts are read on the host anyway.
-        of_host = ("updates", "k", "lr")
-        saved = {n: value.to(self.device) for n, value in state.items() if n not in of_host}
+        of_host = ("updates", "k", "lr", "p", "p_updates")
+        saved = {n: v if n in of_host else v.to(self.device) for n, v in state.items()}
         self.sae.load_state_dict({n[4:]: v for n, v in saved.items() if n.startswith("sae.")})
         self.updates = int(state["updates"])
-        self.sae.train_k = int(state["k"])
+        if isinstance(self.sae, KSparse):
+            self.sae.train_k = int(state["k"])
+        for part in self._parts:
+            part.load_state_dict(saved)
         self.dead.tokens_since_fired_S = saved["tokens_since_fired"].clone()
         self.first_bad_step = saved["first_bad_step"].clone()
         # lr follows from the number of updates; a saved one only documents it.
         for name, parameter in self.sae.named_parameters():
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(self.updates), device=self._adam_step_device),
-                "exp_avg": saved[f"adam_m.{name}"].to(parameter.dtype, copy=True),
-                "exp_avg_sq": saved[f"adam_v.{name}"].to(parameter.dtype, copy=True),
+                # Laid out in memory as the parameter is: empty_like keeps its strides.
+                **{
+                    key: torch.empty_like(parameter).copy_(saved[f"{moment}.{name}"])
+                    for key, moment in (("exp_avg", "adam_m"), ("exp_avg_sq", "adam_v"))
+                },
             }
 
     @property

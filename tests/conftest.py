@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+# Read when torch is imported. Tensors are tiny here, and threads cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read when huggingface_hub is imported. The tests' Hubs are on this machine, and nothing else is
 # asked, whether the user has set this or not.
 os.environ["HF_HUB_OFFLINE"] = "0"

@@ -48,7 +48,8 @@ def test_a_config_that_can_never_work_is_refused(changes: dict[str, Any], messag
 def test_constants_left_open_are_those_of_the_reference() -> None:
     """The comparisons of test_sae_parity.py take them from here, on both sides."""
     config = FitConfig(arch="matryoshka", k=20)
-    assert (config.betas, config.eps, config.grad_clip) == ((0.9, 0.999), 1e-8, 1.0)
+    plan = replace(config, tokens=10_000_000).schedule()
+    assert (plan.betas, config.eps, plan.grad_clip) == ((0.9, 0.999), 1e-8, 1.0)
     assert (config.auxk_coefficient, config.decay_start) == (1 / 32, 0.8)
     assert config.group_fractions == (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
     assert (config.group_weights, config.k_anneal_steps, config.batch_size) == (None, None, 2048)

@@ -18,16 +18,24 @@ from torch import Tensor
 from sae_pipe.stages.fit import build_trainer
 from sae_pipe.stages.fitconfig import FitConfig
 from sae_pipe.stages.sae import ARCHITECTURES, get_architecture, load_sae
-from sae_pipe.stages.sae.auxk import auxk_loss, masked_auxk_loss
+from sae_pipe.stages.sae.auxk import (
+    auxk_loss,
+    behind_a_mask,
+    normalised_error,
+    of_the_dead,
+)
 from sae_pipe.stages.sae.base import Sae
 from sae_pipe.stages.sae.groups import group_sizes
 from sae_pipe.stages.sae.initialise import geometric_median
+from sae_pipe.stages.sae.ksparse import KSparse
 from sae_pipe.stages.sae.schedule import annealed_k
 from sae_pipe.stages.sae.weights import save_sae
 from sae_pipe.stages.trainer import Trainer
 from sae_pipe.storage import InputError, StoreError
 
 D_IN, D_SAE, K = 12, 64, 4
+K_SPARSE = [name for name, each in ARCHITECTURES.items() if each.recipe.keeps_k]
+LED_TO_L0 = [name for name in ARCHITECTURES if name not in K_SPARSE]
 
 
 def config_of(arch: str, **changes: Any) -> FitConfig:
@@ -64,9 +72,19 @@ def arch(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=K_SPARSE, scope="module")
+def k_sparse(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def sae(arch: str) -> Sae:
     return trained(arch).sae.requires_grad_(False)
+
+
+def of_topk_family(trainer: Trainer) -> KSparse:
+    assert isinstance(trainer.sae, KSparse)
+    return trainer.sae
 
 
 def test_listing_the_architectures_does_not_import_torch() -> None:
@@ -93,9 +111,10 @@ def test_encode_and_decode_have_the_promised_shapes(sae: Sae) -> None:
     assert sae.decode(latents_BS).shape == (10, D_IN)
     assert torch.equal(sae(x_BD), sae.decode(sae.encode(x_BD)))
     assert torch.equal(sae.encode(x_BD.view(2, 5, D_IN)), latents_BS.view(2, 5, D_SAE))
-    assert {name: tuple(value.shape) for name, value in sae.state_dict().items()} == dict(
-        sae.parameter_shapes(D_IN, D_SAE)
-    )
+    shapes = {name: tuple(value.shape) for name, value in sae.state_dict().items()}
+    assert shapes == dict(sae.parameter_shapes())
+    expected = {"W_enc": (D_IN, D_SAE), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)}
+    assert expected.items() <= shapes.items()
     assert (latents_BS >= 0).all()
 
 
@@ -106,16 +125,39 @@ def test_a_row_is_encoded_alike_alone_and_in_a_batch(sae: Sae) -> None:
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-6)
 
 
-def test_l0_is_what_was_asked_for(sae: Sae, arch: str) -> None:
+def test_l0_is_what_was_asked_for(k_sparse: str) -> None:
+    sae = trained(k_sparse).sae.requires_grad_(False)
     active_B = (sae.encode(some_rows(4096, 7)) > 0).sum(dim=1)
     # Per-row selection keeps k where k are positive; a threshold learnt in 30 steps comes near.
-    assert float(active_B.float().mean()) == pytest.approx(K, rel=0.01 if arch == "topk" else 0.15)
-    assert arch != "topk" or int(active_B.max()) == K
+    tolerance = 0.01 if k_sparse == "topk" else 0.15
+    assert float(active_B.float().mean()) == pytest.approx(K, rel=tolerance)
+    assert k_sparse != "topk" or int(active_B.max()) == K
 
 
-def test_training_keeps_k_latents_a_row_over_the_batch(arch: str) -> None:
-    trainer = build_trainer(config_of(arch), D_IN)
+def test_training_keeps_k_latents_a_row_over_the_batch(k_sparse: str) -> None:
+    trainer = build_trainer(config_of(k_sparse), D_IN)
     assert float(trainer.step(some_rows(128, 0))["l0"]) == K
+
+
+@pytest.mark.parametrize("name", LED_TO_L0)
+def test_the_coefficient_leads_to_the_l0_asked_for(name: str) -> None:
+    """On rows that it was not fitted on, within 5 %."""
+    n_steps = 1500
+    # theta moves by steps of the learning rate, and the kernel sees what is as near as that.
+    kernel = {"bandwidth": 0.03} if name == "jumprelu" else {}
+    config = config_of(name, tokens=n_steps * 128, lr=3e-3, **kernel)
+    trainer = build_trainer(config, D_IN)
+    coefficients = [trainer.step(some_rows(128, step))["coefficient"] for step in range(n_steps)]
+    active_B = (trainer.sae.encode(some_rows(20_000, 10**6)) > 0).sum(dim=1)
+    assert float(active_B.float().mean()) == pytest.approx(K, rel=0.05)
+    assert float(coefficients[-1]) != float(coefficients[n_steps // 5])
+
+
+@pytest.mark.parametrize("name", LED_TO_L0)
+def test_a_coefficient_that_is_given_stays(name: str) -> None:
+    trainer = build_trainer(config_of(name, sparsity=0.07, sparsity_warmup_steps=4), D_IN)
+    weights = [float(trainer.step(some_rows(128, step))["coefficient"]) for step in range(7)]
+    assert weights == pytest.approx([0, 0.0175, 0.035, 0.0525, 0.07, 0.07, 0.07])
 
 
 def test_other_widths_are_refused(sae: Sae) -> None:
@@ -149,19 +191,23 @@ def test_a_folded_sae_takes_raw_rows(arch: str) -> None:
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 
-def test_a_threshold_that_was_never_estimated_stays_recognisable_when_folded(arch: str) -> None:
-    sae = build_trainer(config_of(arch), D_IN).sae
+def test_a_threshold_that_was_never_estimated_stays_recognisable_when_folded(
+    k_sparse: str,
+) -> None:
+    sae = of_topk_family(build_trainer(config_of(k_sparse), D_IN))
     sae.fold_norm_factor_(8.0)
     assert float(sae.threshold) == -1
 
 
-def test_batchwise_architectures_cut_at_the_threshold(sae: Sae, arch: str) -> None:
-    if arch == "topk":
-        pytest.skip("TopK selects row by row at inference")
+@pytest.mark.parametrize("name", ["batch_topk", "matryoshka"])
+def test_batchwise_architectures_cut_at_the_threshold(name: str) -> None:
+    trainer = trained(name)
+    sae, x_BD = of_topk_family(trainer).requires_grad_(False), some_rows(2000, 10)
     assert sae.is_ready
-    latents_BS = sae.encode(some_rows(2000, 10))
+    latents_BS = sae.encode(x_BD)
     assert float(latents_BS[latents_BS > 0].min()) > float(sae.threshold) > 0
-    smallest = float(sae.candidates(some_rows(2000, 10)).clamp_min(1e-30).min())
+    candidates_BS = torch.relu((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    smallest = float(candidates_BS[candidates_BS > 0].min())
     assert smallest < float(sae.threshold), "the cut was never tested"
 
 
@@ -178,30 +224,38 @@ def test_the_callers_batch_is_left_alone(arch: str) -> None:
     assert torch.equal(batch, before)
 
 
-def test_a_batch_in_which_nothing_fires_changes_neither_threshold_nor_sanity(arch: str) -> None:
-    trainer = trained(arch, steps=45, threshold_start=20)
-    threshold, b_enc = float(trainer.sae.threshold), trainer.sae.b_enc.detach().clone()
+def test_a_batch_in_which_nothing_fires_changes_neither_threshold_nor_sanity(
+    k_sparse: str,
+) -> None:
+    trainer = trained(k_sparse, steps=45, threshold_start=20)
+    sae = of_topk_family(trainer)
+    threshold, b_enc = float(sae.threshold), sae.b_enc.detach().clone()
     assert threshold > 0
     with torch.no_grad():
-        trainer.sae.b_enc.fill_(-100)
+        sae.b_enc.fill_(-100)
     values = trainer.step(some_rows(128, 13))
     assert float(values["l0"]) == 0
     assert float(values["threshold"]) == threshold
     with torch.no_grad():
-        trainer.sae.b_enc.copy_(b_enc)
+        sae.b_enc.copy_(b_enc)
     values = trainer.step(some_rows(128, 14))
     assert float(values["l0"]) == pytest.approx(K, rel=0.01)
     assert 0 < float(values["threshold"]) != threshold
-    assert all(value.isfinite().all() for value in trainer.sae.state_dict().values())
+    assert all(value.isfinite().all() for value in sae.state_dict().values())
 
 
-def test_nothing_ever_firing_leaves_the_threshold_unset(arch: str) -> None:
+def test_nothing_ever_firing_breaks_no_architecture(arch: str) -> None:
     trainer = build_trainer(config_of(arch, threshold_start=0), D_IN)
+    bias = trainer.sae.b_gate if arch == "gated" else trainer.sae.b_enc
+    assert isinstance(bias, Tensor)
     with torch.no_grad():
-        trainer.sae.b_enc.fill_(-100)
+        bias.fill_(-100)
     for step in range(5):
-        trainer.step(some_rows(128, step))
-    assert float(trainer.sae.threshold) == -1
+        values = trainer.step(some_rows(128, step))
+        assert float(values["l0"]) == 0
+    assert all(value.isfinite().all() for value in trainer.state_dict().values())
+    if isinstance(trainer.sae, KSparse):
+        assert float(trainer.sae.threshold) == -1
 
 
 def test_a_pass_that_is_only_looked_at_advances_nothing(arch: str) -> None:
@@ -251,42 +305,56 @@ def test_low_precision_products_keep_float32_weights(arch: str) -> None:
     assert not torch.equal(exact.sae.W_dec, rounded.sae.W_dec)
 
 
-def test_k_is_annealed_from_d_in_after_the_first_update(arch: str) -> None:
-    trainer = build_trainer(config_of(arch, k_anneal_steps=8), D_IN)
+def test_k_is_annealed_from_d_in_after_the_first_update(k_sparse: str) -> None:
+    trainer = build_trainer(config_of(k_sparse, k_anneal_steps=8), D_IN)
     kept = [trainer.step(some_rows(128, step))["k"] for step in range(11)]
     assert kept == [K, 12, 11, 10, 9, 8, 7, 6, 5, 4, 4]
     assert annealed_k(3, k=4, k_start=12, anneal_steps=8) == 9
 
 
-@pytest.mark.parametrize("n_dead", [0, 1, 5, 6, 7, 40, D_SAE])
-def test_auxk_on_the_dead_only_is_auxk_behind_a_mask(n_dead: int) -> None:
+@pytest.mark.parametrize("n_dead", [1, 5, 6, 7, 40, D_SAE])
+@pytest.mark.parametrize("bias", [0.0, -1.5])  # many and few candidates: dense and sparse products
+def test_auxk_on_the_dead_only_is_auxk_behind_a_mask(n_dead: int, bias: float) -> None:
     """A CPU takes the first way, a GPU the second; k_aux is 6 here."""
-    random = torch.Generator().manual_seed(n_dead)
-    candidates = torch.rand(9, D_SAE, generator=random, dtype=torch.float64)
-    residual = torch.randn(9, D_IN, generator=random, dtype=torch.float64)
-    rows = torch.randn(D_SAE, D_IN, generator=random, dtype=torch.float64).requires_grad_()
-    dead = torch.randperm(D_SAE, generator=random) < n_dead
-    candidates.requires_grad_()
+    trainer = build_trainer(config_of("topk", dtype="float64"), D_IN)
+    sae, random = trainer.sae, torch.Generator().manual_seed(n_dead)
+    with torch.no_grad():
+        sae.b_enc.copy_(torch.randn(D_SAE, generator=random) * 0.3 + bias)
+    x_BD = torch.randn(9, D_IN, generator=random).double() + 1
+    dead_S = torch.randperm(D_SAE, generator=random) < n_dead
+    passed, residual_BD = sae.training_pass(x_BD), torch.randn(9, D_IN, generator=random).double()
     results = []
-    for loss_of in (auxk_loss, masked_auxk_loss):
-        loss = loss_of(residual, candidates, dead, rows)
-        assert bool(loss > 0) == bool(n_dead)
-        gradients = torch.autograd.grad(loss, (candidates, rows)) if loss.requires_grad else ()
-        results.append((loss, *(gradients or (candidates * 0, rows * 0))))
+    for x_hat_BD in (
+        of_the_dead(sae, passed, dead_S.nonzero().squeeze(1), 6),
+        behind_a_mask(sae, passed, dead_S, 6),
+    ):
+        sae.zero_grad()
+        loss = normalised_error(residual_BD, x_hat_BD, dead_S.any())
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
+        results.append([loss.detach(), *(torch.zeros(1) if g is None else g for g in gradients)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+    assert results[0][0] > 0
+    # The whole sum of kept candidates, written out.
+    candidates_BS = torch.relu((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc).masked_fill(~dead_S, 0)
+    top = candidates_BS.topk(6, dim=1)
+    kept_BS = torch.zeros_like(candidates_BS).scatter(1, top.indices, top.values)
+    error = (residual_BD - kept_BS @ sae.W_dec).square().sum(1).mean()
+    variance = (residual_BD - residual_BD.mean(0)).square().sum(1).mean()
+    torch.testing.assert_close(results[0][0], (error / variance).detach())
 
 
 def test_auxk_is_zero_without_dead_latents_or_without_variance() -> None:
-    candidates, rows = torch.rand(6, D_SAE), torch.rand(D_SAE, D_IN)
-    residual, dead = torch.randn(6, D_IN), torch.ones(D_SAE, dtype=torch.bool)
-    assert auxk_loss(residual, candidates, ~dead, rows) == 0
-    rows.requires_grad_()
-    loss = auxk_loss(residual[:1].expand(6, D_IN), candidates, dead, rows)
+    sae, x_BD = build_trainer(config_of("topk"), D_IN).sae, some_rows(6, 1)
+    passed, residual_BD = sae.training_pass(x_BD), torch.randn(6, D_IN)
+    dead_S = torch.ones(D_SAE, dtype=torch.bool)
+    assert auxk_loss(sae, passed, residual_BD, ~dead_S, 6) == 0
+    loss = auxk_loss(sae, passed, residual_BD[:1].expand(6, D_IN), dead_S, 6)
     assert loss == 0
     loss.backward()  # type: ignore[no-untyped-call]
-    assert rows.grad is not None
-    assert rows.grad.isfinite().all()
+    assert sae.W_dec.grad is not None
+    assert sae.W_dec.grad.isfinite().all()
 
 
 def test_the_geometric_median_survives_rows_that_are_the_guess() -> None:

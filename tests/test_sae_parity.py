@@ -210,6 +210,7 @@ def textbook_pair(arch: str) -> tuple[Trainer, Textbook, Iterator[Tensor]]:
         tokens=100 * 48,
         batch_size=48,
         lr=3e-3,
+        betas=(0.9, 0.999),
         warmup_steps=10,
         threshold_start=15,
         threshold_beta=0.9,

@@ -9,17 +9,30 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ...storage.errors import InputError
+from .recipe import GATED, JUMPRELU, RELU, TOPK_FAMILY, Recipe
 
 if TYPE_CHECKING:
     from .base import Sae
 
-ARCHITECTURES: dict[str, str] = {
-    "batch_topk": "batch_topk:BatchTopK",
-    "matryoshka": "matryoshka:Matryoshka",
-    "topk": "topk:TopK",
+
+class Architecture(NamedTuple):
+    """where: "module:Class" below this folder; recipe: its constants."""
+
+    where: str
+    recipe: Recipe
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "batch_topk": Architecture("batch_topk:BatchTopK", TOPK_FAMILY),
+    "gated": Architecture("gated:Gated", GATED),
+    "jumprelu": Architecture("jumprelu:JumpRelu", JUMPRELU),
+    "matryoshka": Architecture("matryoshka:Matryoshka", TOPK_FAMILY),
+    "p_anneal": Architecture("p_anneal:PAnneal", RELU),
+    "relu": Architecture("relu:Relu", RELU),
+    "topk": Architecture("topk:TopK", TOPK_FAMILY),
 }
 
 
@@ -28,7 +41,7 @@ def get_architecture(name: str) -> type[Sae]:
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise InputError(f"Unknown architecture {name!r}: choose one of {known}.")
-    module, _, attribute = ARCHITECTURES[name].partition(":")
+    module, _, attribute = ARCHITECTURES[name].where.partition(":")
     return cast("type[Sae]", getattr(import_module(f".{module}", __name__), attribute))
 
 

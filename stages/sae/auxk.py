@@ -2,51 +2,81 @@
 
 # B rows, D d_in, S d_sae, N dead latents
 
-The k_aux largest dead candidates of each row, decoded without bias, against the detached residual;
-the squared error is divided by the residual's variance around its batch mean.
+The k_aux largest candidates of dead latents in each row, decoded without bias, against the detached
+residual; the squared error is divided by the residual's variance around its batch mean.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .selection import largest_of_rows
+from .support import FullSupport, support_of
+
+if TYPE_CHECKING:
+    from .base import Sae, TrainingPass
+
 
 def auxk_loss(
-    residual_BD: Tensor, candidates_BS: Tensor, dead_S: Tensor, w_dec_SD: Tensor
+    sae: Sae, passed: TrainingPass, residual_BD: Tensor, dead_S: Tensor, k_aux: int
 ) -> Tensor:
-    """The normalised auxiliary loss; 0 when nothing is dead or the residual has no variance."""
+    """The normalised auxiliary loss; 0 when nothing is dead or the residual has no variance.
+
+    passed: of the same batch, whose pre-activations nothing has overwritten.
+    """
     residual_BD = residual_BD.detach()
     if residual_BD.device.type != "cpu":
-        return masked_auxk_loss(residual_BD, candidates_BS, dead_S, w_dec_SD)
+        x_hat_BD = behind_a_mask(sae, passed, dead_S, k_aux)
+        return normalised_error(residual_BD, x_hat_BD, dead_S.any())
     # Asking a CPU how many are dead costs nothing, and they are few: work on them only.
     dead_N = dead_S.nonzero().squeeze(1)
     if len(dead_N) == 0:
         return residual_BD.new_zeros(())
-    return masked_auxk_loss(residual_BD, candidates_BS[:, dead_N], dead_S[dead_N], w_dec_SD[dead_N])
+    x_hat_BD = of_the_dead(sae, passed, dead_N, k_aux)
+    return normalised_error(residual_BD, x_hat_BD, dead_S.any())
 
 
-def masked_auxk_loss(
-    residual_BD: Tensor, candidates_BS: Tensor, dead_S: Tensor, w_dec_SD: Tensor
-) -> Tensor:
+def of_the_dead(sae: Sae, passed: TrainingPass, dead_N: Tensor, k_aux: int) -> Tensor:
+    """What the dead latents reconstruct, by their columns alone."""
+    w_enc_DN = sae.W_enc.T.index_select(0, dead_N).T
+    bias_N = sae.encoder_bias(sae.b_enc)[dead_N]
+    if sae.low_precision:  # the values are asked for in full precision
+        pre_BN = torch.addmm(bias_N.detach(), passed.centred_BD, w_enc_DN.detach())
+    else:
+        pre_BN = passed.pre_BS.index_select(1, dead_N)
+    kept_BN = pre_BN > 0
+    if k_aux < len(dead_N):
+        index_BK = pre_BN.topk(k_aux, dim=1, sorted=False).indices
+        kept_BN &= torch.zeros_like(kept_BN).scatter_(1, index_BK, True)
+    support = support_of(pre_BN, kept_BN, pre_BN.dtype)
+    values_V = torch.relu(support.encode(passed.centred_BD, w_enc_DN, bias_N))
+    if isinstance(support, FullSupport):
+        values_V = torch.where(kept_BN, values_V, 0)
+    return support.decode(values_V, sae.W_dec.index_select(0, dead_N))
+
+
+def behind_a_mask(sae: Sae, passed: TrainingPass, dead_S: Tensor, k_aux: int) -> Tensor:
     """The same without asking how many are dead, which would make a GPU wait in every step."""
-    x_hat_BD = _largest_dead(candidates_BS, dead_S, residual_BD.shape[1] // 2) @ w_dec_SD
+    candidates_BS = torch.where(dead_S, passed.pre_BS, -torch.inf)
+    flat_N = largest_of_rows(candidates_BS, min(k_aux, sae.d_sae))
+    support = sae.entries(passed.pre_BS, passed.centred_BD, sae.b_enc, flat_N)
+    bias_S = sae.encoder_bias(sae.b_enc)
+    values_N = torch.relu(support.encode(passed.centred_BD, sae.W_enc, bias_S))
+    # Where fewer are dead than k_aux, others are among the largest.
+    values_N = torch.where(support.per_latent(dead_S), values_N, 0)
+    return support.decode(values_N, sae.W_dec)
+
+
+def normalised_error(residual_BD: Tensor, x_hat_BD: Tensor, counts: Tensor) -> Tensor:
+    """||residual - x_hat||^2 over the variance of the residual; 0 unless it counts."""
     error = (residual_BD - x_hat_BD).square().sum(dim=-1).mean()
     variance = (residual_BD - residual_BD.mean(dim=0)).square().sum(dim=-1).mean()
     # One row, or equal rows, have a variance of 0 up to rounding: dividing by that would blow up.
     rounding = (16 * torch.finfo(residual_BD.dtype).eps) ** 2
-    counts = (variance > rounding * residual_BD.square().sum(dim=-1).mean()) & dead_S.any()
+    counts = counts & (variance > rounding * residual_BD.square().sum(dim=-1).mean())
     # The denominator is made safe before the division: 0 * NaN in the backward pass is NaN.
     loss = error / torch.where(counts, variance, 1)
     return torch.where(counts, loss, 0).nan_to_num(nan=0.0)
-
-
-def _largest_dead(candidates_BS: Tensor, dead_S: Tensor, k_aux: int) -> Tensor:
-    """Per row the k_aux largest candidates of dead latents, all of them if there are fewer.
-
-    k_aux = D // 2 is the heuristic of the paper's appendix.
-    """
-    if k_aux >= candidates_BS.shape[1]:
-        return torch.where(dead_S, candidates_BS, 0)
-    ranked_BS = torch.where(dead_S, candidates_BS.detach(), -torch.inf)
-    index_BK = ranked_BS.topk(k_aux, dim=1, sorted=False).indices
-    kept_BS = torch.zeros_like(candidates_BS, dtype=torch.bool).scatter_(1, index_BK, True)
-    return torch.where(kept_BS & dead_S, candidates_BS, 0)

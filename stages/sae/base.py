@@ -1,4 +1,4 @@
-"""What all SAEs share: parameters, the encoder product, decoding, and folding the norm factor.
+"""What all SAEs share: parameters, pre-activations, encoding, decoding, folding the norm factor.
 
 # B rows, D d_in, S d_sae
 
@@ -10,59 +10,77 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...storage.errors import InputError
 from .initialise import unit_rows
+from .support import SparseSupport, Support, entries_at, row_dots, support_of
 
 if TYPE_CHECKING:
     from ..fitconfig import FitConfig
 
-NO_THRESHOLD = -1.0  # a threshold that was not estimated yet; real ones are positive
-
 
 @dataclass(frozen=True)
 class TrainingPass:
-    """What one pass over a batch gives the trainer. Nothing in it depends on how latents are held.
+    """What one pass over a batch gives the trainer.
 
-    reconstruction: the loss term, summed over D and averaged over B
-    candidates_BS: activations before selection, which the auxiliary loss picks dead latents from
-    fired_S: which latents were active on at least one row
-    l0: active latents per row, mean over the batch
-    smallest_kept: what the threshold averages; not finite when nothing fired
+    loss: all terms but the auxiliary loss of dead latents; parts: its terms, for the log
+    pre_BS: pre-activations of all latents, without gradients, in memory that the next pass reuses
+    fired_S: which latents were active on at least one row; l0: active latents per row, mean over B
+    smallest_kept: what the threshold averages; not finite when nothing fired; None without one
     """
 
+    loss: Tensor
+    parts: Mapping[str, Tensor]
     x_hat_BD: Tensor
-    reconstruction: Tensor
-    candidates_BS: Tensor
+    centred_BD: Tensor
+    pre_BS: Tensor
     fired_S: Tensor
     l0: Tensor
-    smallest_kept: Tensor
+    smallest_kept: Tensor | None = None
+
+
+@dataclass
+class Workspace:
+    """Memory for pre-activations, kept from pass to pass: fresh pages cost more than filling them."""
+
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def like(self, name: str, shape: tuple[int, int], of: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised matrix on the device of another tensor."""
+        found = self.buffers.get(name)
+        if found is None or (found.shape, found.dtype, found.device) != (shape, dtype, of.device):
+            found = self.buffers[name] = torch.empty(shape, dtype=dtype, device=of.device)
+        return found
 
 
 class Sae(nn.Module, ABC):
     """A sparse autoencoder with W_enc (D, S), b_enc (S), W_dec (S, D), b_dec (D).
 
-    `k` is the L0 asked for; `train_k` is what the next training pass keeps, which differs only
-    while k is annealed.
+    k is the L0 asked for; None where only a coefficient of sparsity was given.
     """
 
-    threshold: Tensor
+    # How the fit goes about it; no part of what is saved.
+    reference: bool = False  # the reference trainers' behaviour where ours is another
+    low_precision: bool = False  # latents are chosen by bfloat16 products
 
-    def __init__(self, *, d_in: int, d_sae: int, k: int) -> None:
+    def __init__(self, *, d_in: int, d_sae: int, k: int | None) -> None:
         super().__init__()
-        self.d_in, self.d_sae, self.k, self.train_k = d_in, d_sae, k, k
-        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        # Row-contiguous (S, D): projecting gradients and normalising rows touch whole cache lines.
+        self.d_in, self.d_sae, self.k = d_in, d_sae, k
+        # Both have a latent's numbers side by side, (S, D) in memory: sparse gradients come so.
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
-        # float32 whatever the weights are: it is an average of minima, and the reference's format.
-        self.register_buffer("threshold", torch.tensor(NO_THRESHOLD))
+        self.add_biases()
+        self._workspace = Workspace()
+
+    def add_biases(self) -> None:
+        """Register what else there is beside W_enc, W_dec and b_dec."""
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
 
     @classmethod
     def options_from(cls, config: FitConfig) -> dict[str, Any]:
@@ -74,16 +92,19 @@ class Sae(nn.Module, ABC):
         """The same arguments of this SAE, as its config.json keeps them."""
         return {}
 
-    @classmethod
-    def parameter_shapes(cls, d_in: int, d_sae: int) -> Mapping[str, tuple[int, ...]]:
+    @property
+    def subtracts_b_dec(self) -> bool:
+        """Whether the encoder sees x - b_dec."""
+        return True
+
+    @property
+    def has_unit_rows(self) -> bool:
+        """Whether decoder rows are held at unit norm."""
+        return True
+
+    def parameter_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every saved tensor; the sizes of a file are checked against it on loading."""
-        return {
-            "W_enc": (d_in, d_sae),
-            "b_enc": (d_sae,),
-            "W_dec": (d_sae, d_in),
-            "b_dec": (d_in,),
-            "threshold": (),
-        }
+        return {name: tuple(value.shape) for name, value in self.state_dict().items()}
 
     @torch.no_grad()
     def initialise_(self, seed: int) -> None:
@@ -91,42 +112,95 @@ class Sae(nn.Module, ABC):
 
         Drawn on the CPU, so that a seed means the same weights on every device.
         """
-        rows_SD = unit_rows(self.d_sae, self.d_in, torch.Generator().manual_seed(seed))
+        self._tie_to(unit_rows(self.d_sae, self.d_in, torch.Generator().manual_seed(seed)))
+
+    def _tie_to(self, rows_SD: Tensor) -> None:
         self.W_dec.copy_(rows_SD)
         self.W_enc.copy_(rows_SD.T)
-        self.b_enc.zero_()
-        self.b_dec.zero_()
-        self.threshold.fill_(NO_THRESHOLD)
 
-    def candidates(self, x_BD: Tensor) -> Tensor:
-        """relu((x - b_dec) W_enc + b_enc), without the product that b_dec's gradient would cost.
+    @torch.no_grad()
+    def start_from(self, x_BD: Tensor) -> None:
+        """Whatever the first batch decides."""
 
-        d/d b_dec is -W_enc times the column sums of d/d pre: a vector product. Subtracting b_dec
-        inside the graph would make autograd form the whole (B, D) gradient of x first, at the
-        price of a second encoder product. So x - b_dec is detached (its value is needed: with
-        low-precision products a large common mean must go before the product) and b_dec enters
-        through a zero whose gradient is right.
+    # --- training ---
+
+    @abstractmethod
+    def training_pass(self, x_BD: Tensor, sparsity: Tensor | float = 0.0) -> TrainingPass:
+        """Losses of one batch, with gradients; changes no state that a checkpoint holds.
+
+        sparsity: weight of the sparsity term in this step.
         """
-        centre_D = self.b_dec.detach()
-        bias_S: Tensor = self.b_enc
-        if torch.is_grad_enabled() and self.b_dec.requires_grad:
-            bias_S = bias_S - (self.b_dec - centre_D) @ self.W_enc.detach()
-        return torch.relu(torch.addmm(bias_S, x_BD - centre_D, self.W_enc))
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # The four parameters alone are a whole SAE whose threshold was not estimated yet.
-        state_dict.setdefault(f"{prefix}threshold", self.threshold)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def centred(self, x_BD: Tensor) -> Tensor:
+        """What the encoder's product takes, without gradients: b_dec's comes by `encoder_bias`."""
+        return x_BD - self.b_dec.detach() if self.subtracts_b_dec else x_BD
+
+    def encoder_bias(self, own_S: Tensor | None) -> Tensor:
+        """The bias of the encoder (own_S; None is 0), and in its gradient that of x - b_dec.
+
+        d/d b_dec is -W_enc times the column sums of d/d pre, a vector product. Subtracting b_dec
+        inside the graph would make autograd form the whole (B, D) gradient of x first, at the
+        price of a second encoder product.
+        """
+        if own_S is None:
+            own_S = self.b_dec.new_zeros(self.d_sae)
+        if not self.subtracts_b_dec:
+            return own_S
+        bias: Tensor = _ShiftedBias.apply(own_S, self.b_dec, self.W_enc.detach())  # type: ignore[no-untyped-call]
+        return bias
+
+    @torch.no_grad()
+    def pre_activations(self, centred_BD: Tensor, bias_S: Tensor | None) -> Tensor:
+        """centred W_enc + bias (B, S), in memory that the next call overwrites."""
+        shape = (len(centred_BD), self.d_sae)
+        if not self.low_precision:
+            pre_BS = self._workspace.like("pre", shape, centred_BD, centred_BD.dtype)
+            if bias_S is None:
+                return torch.mm(centred_BD, self.W_enc, out=pre_BS)
+            return torch.addmm(bias_S, centred_BD, self.W_enc, out=pre_BS)
+        low = torch.bfloat16
+        pre_BS = self._workspace.like("pre", shape, centred_BD, low)
+        w_enc_DS = self.W_enc.to(low)
+        if bias_S is None:
+            return torch.mm(centred_BD.to(low), w_enc_DS, out=pre_BS)
+        return torch.addmm(bias_S.to(low), centred_BD.to(low), w_enc_DS, out=pre_BS)
+
+    def entries(
+        self, pre_BS: Tensor, centred_BD: Tensor, bias_S: Tensor | None, flat_N: Tensor
+    ) -> SparseSupport:
+        """The support of ascending flat indices, its numbers in full precision."""
+        support = entries_at(pre_BS, flat_N)
+        return self._exact(support, centred_BD, bias_S) if self.low_precision else support
+
+    def support(
+        self, pre_BS: Tensor, centred_BD: Tensor, bias_S: Tensor | None, wanted_BS: Tensor
+    ) -> Support:
+        """The support of the wanted entries, whichever form is faster."""
+        support = support_of(pre_BS, wanted_BS, self.W_dec.dtype)
+        if isinstance(support, SparseSupport) and self.low_precision:
+            return self._exact(support, centred_BD, bias_S)
+        return support
+
+    @torch.no_grad()
+    def _exact(
+        self, support: SparseSupport, centred_BD: Tensor, bias_S: Tensor | None
+    ) -> SparseSupport:
+        pre_N = row_dots(centred_BD, support.row_N, self.W_enc.T, support.latent_N)
+        if bias_S is not None:
+            pre_N += bias_S[support.latent_N]
+        support.pre_N = pre_N
+        return support
+
+    # --- inference ---
+
+    @property
+    def offset(self) -> Tensor | None:
+        """The bias of the product that `activate` starts from."""
+        return self.b_enc
 
     @abstractmethod
-    def training_pass(self, x_BD: Tensor) -> TrainingPass:
-        """Selection and reconstruction loss of one batch, with gradients; changes no state."""
-
-    @abstractmethod
-    def select(self, candidates_BS: Tensor) -> Tensor:
-        """Inference: which candidates stay, the others set to 0; row by row."""
+    def activate(self, pre_BS: Tensor) -> Tensor:
+        """Latents of pre-activations, row by row."""
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """Latents of activations (..., D), each row for itself. Raises InputError on another D."""
@@ -136,7 +210,10 @@ class Sae(nn.Module, ABC):
                 "Pass activations of the model and layer that it was fitted on."
             )
         flat_BD = x_BD.reshape(-1, self.d_in).to(self.W_enc.dtype)
-        latents_BS = self.select(self.candidates(flat_BD))
+        if self.subtracts_b_dec:
+            flat_BD = flat_BD - self.b_dec
+        pre_BS = flat_BD @ self.W_enc
+        latents_BS = self.activate(pre_BS if self.offset is None else pre_BS + self.offset)
         return latents_BS.reshape(*x_BD.shape[:-1], self.d_sae)
 
     def decode(self, latents_BS: Tensor) -> Tensor:
@@ -157,11 +234,27 @@ class Sae(nn.Module, ABC):
         """From rows divided by the factor to raw rows: what is added to x or f is scaled by it.
 
         relu((x / c - b) W + e) = relu((x - c b) W + c e) / c, so latents become c times larger and
-        the threshold with them, and the decoder keeps its unit rows.
+        a threshold with them, and the decoder keeps its rows.
         """
-        self.b_enc.mul_(norm_factor)
-        self.b_dec.mul_(norm_factor)
-        self.threshold.mul_(torch.where(self.threshold < 0, 1.0, norm_factor))
+        for name, value in self.named_parameters():
+            if name in self.scaled_by_norm:
+                value.mul_(norm_factor)
+
+    scaled_by_norm: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
+
+
+class _ShiftedBias(torch.autograd.Function):
+    """own - (b_dec - b_dec) W_enc: the value of `own`, the gradients of both."""
+
+    @staticmethod
+    def forward(ctx: Any, own_S: Tensor, b_dec_D: Tensor, w_enc_DS: Tensor) -> Tensor:
+        ctx.save_for_backward(w_enc_DS)
+        return own_S.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (w_enc_DS,) = ctx.saved_tensors
+        return grads[0], -(w_enc_DS @ grads[0]), None
 
 
 def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:

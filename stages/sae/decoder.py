@@ -10,17 +10,20 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def project_gradient_(w_dec_SD: Tensor) -> None:
-    """Remove from the gradient of each row its component along the row."""
+def project_gradient_(w_dec_SD: Tensor, epsilon: float) -> None:
+    """Remove from the gradient of each row its component along the row / (norm + epsilon)."""
     gradient_SD = w_dec_SD.grad
     assert gradient_SD is not None
-    unit_SD = w_dec_SD / (w_dec_SD.norm(dim=1, keepdim=True) + 1e-6)
+    unit_SD = w_dec_SD / (w_dec_SD.norm(dim=1, keepdim=True) + epsilon)
     along_S1 = (gradient_SD * unit_SD).sum(dim=1, keepdim=True)
     gradient_SD.addcmul_(along_S1, unit_SD, value=-1)
 
 
 @torch.no_grad()
-def normalise_rows_(w_dec_SD: Tensor) -> None:
-    """Scale each row to unit norm; a row of zeros stays one."""
-    epsilon = torch.finfo(w_dec_SD.dtype).eps
-    w_dec_SD.div_(w_dec_SD.norm(dim=1, keepdim=True) + epsilon)
+def normalise_rows_(w_dec_SD: Tensor, epsilon: float) -> None:
+    """Scale each row to unit norm; a row of zeros stays one, unless epsilon is 0.
+
+    epsilon: as of the projection; anything but 0 stands for machine epsilon here.
+    """
+    added = torch.finfo(w_dec_SD.dtype).eps if epsilon else 0.0
+    w_dec_SD.div_(w_dec_SD.norm(dim=1, keepdim=True) + added)

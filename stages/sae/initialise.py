@@ -17,6 +17,12 @@ def unit_rows(d_sae: int, d_in: int, generator: torch.Generator) -> Tensor:
     return rows_SD.div_(rows_SD.norm(dim=1, keepdim=True))
 
 
+def gaussian_rows(d_sae: int, d_in: int, generator: torch.Generator) -> Tensor:
+    """Rows (S, D) of unit norm in directions that are uniform on the sphere, in float32."""
+    rows_SD = torch.randn(d_sae, d_in, generator=generator)
+    return rows_SD.div_(rows_SD.norm(dim=1, keepdim=True))
+
+
 @torch.no_grad()
 def geometric_median(x_BD: Tensor, *, max_iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
     """The point with the least sum of distances to the rows, by Weiszfeld's iteration.

@@ -1,6 +1,6 @@
 """Matryoshka SAE: nested prefixes that each reconstruct (Bussmann et al. 2025, arXiv 2503.17547).
 
-# B rows, D d_in, S d_sae, G groups
+# B rows, D d_in, S d_sae, G groups, N kept entries
 
 Latents are ordered into groups, and x_i = b_dec + sum of the groups up to i must reconstruct x for
 every i, so that early latents stay general instead of being absorbed by specific ones. One BatchTopK
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ...storage.errors import InputError
-from .base import squared_error
 from .batch_topk import BatchTopK
 from .groups import group_sizes
+from .ksparse import Kept
 
 if TYPE_CHECKING:
     from ..fitconfig import FitConfig
@@ -64,16 +64,59 @@ class Matryoshka(BatchTopK):
     def options(self) -> dict[str, Any]:
         return {"group_sizes": list(self.group_sizes), "group_weights": list(self.group_weights)}
 
-    def reconstruct(self, x_BD: Tensor, latents_BS: Tensor) -> tuple[Tensor, Tensor]:
-        groups = zip(
-            # split, not slices: autograd then joins the gradients once instead of adding G of them
-            torch.split(latents_BS, list(self.group_sizes), dim=1),
-            torch.split(self.W_dec, list(self.group_sizes), dim=0),
-            self.group_weights,
-            strict=True,
+    def reconstruct(self, x_BD: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+        support, n_groups = kept.support, len(self.group_sizes)
+        ends_G, weights_G = self._groups_on(x_BD)
+        group_N = torch.bucketize(support.latent_N, ends_G, right=True)
+        bag_N = support.row_N * n_groups + group_N  # ascending: latents ascend in each row
+        parts = support.decode_to(kept.latents_N, self.W_dec, bag_N, len(x_BD) * n_groups)
+        loss, x_hat_BD = nested_error(
+            parts.view(len(x_BD), n_groups, self.d_in), x_BD, self.b_dec, weights_G
         )
-        x_hat_BD, losses = self.b_dec.expand_as(x_BD), []
-        for latents_BG, rows_GD, weight in groups:
-            x_hat_BD = x_hat_BD + latents_BG @ rows_GD
-            losses.append(weight * squared_error(x_BD, x_hat_BD))
-        return torch.stack(losses).mean(), x_hat_BD
+        return loss, x_hat_BD
+
+    def _groups_on(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Where groups end, and the weights of their prefixes' losses; made once for a device."""
+        found = self._workspace.buffers.get("ends")
+        if found is None or found.device != like.device:
+            ends = torch.tensor(self.group_sizes, device=like.device).cumsum(0)
+            weights = torch.tensor(self.group_weights, dtype=torch.float64) / len(ends)
+            self._workspace.buffers |= {"ends": ends, "weights": weights.to(like)}
+        return self._workspace.buffers["ends"], self._workspace.buffers["weights"]
+
+
+def nested_error(
+    parts_BGD: Tensor, x_BD: Tensor, b_dec_D: Tensor, weights_G: Tensor
+) -> tuple[Tensor, Tensor]:
+    """sum_i w_i ||x - b_dec - (parts up to i)||^2, averaged over B, and the last reconstruction.
+
+    The gradient of part j is one suffix sum: -2 / B sum of w_i times the error of prefix i, i >= j.
+    """
+    loss, x_hat_BD = _NestedError.apply(parts_BGD, x_BD, b_dec_D, weights_G)  # type: ignore[no-untyped-call]
+    return loss, x_hat_BD
+
+
+class _NestedError(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, parts_BGD: Tensor, x_BD: Tensor, b_dec_D: Tensor, weights_G: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        errors_BGD = torch.empty_like(parts_BGD)
+        error_BD, losses = x_BD - b_dec_D, []
+        for group in range(parts_BGD.shape[1]):
+            error_BD = torch.sub(error_BD, parts_BGD[:, group], out=errors_BGD[:, group])
+            losses.append(error_BD.square().sum())
+        ctx.save_for_backward(errors_BGD, weights_G)
+        x_hat_BD = x_BD - error_BD
+        ctx.mark_non_differentiable(x_hat_BD)
+        return (torch.stack(losses) * weights_G).sum() / len(x_BD), x_hat_BD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        errors_BGD, weights_G = ctx.saved_tensors
+        scale_G = weights_G * (-2 * grads[0] / len(errors_BGD))
+        # Summed from the last prefix to the first, in the memory of the errors.
+        gradients_BGD = errors_BGD.mul_(scale_G[:, None])
+        for group in range(len(scale_G) - 2, -1, -1):
+            gradients_BGD[:, group] += gradients_BGD[:, group + 1]
+        return gradients_BGD, None, gradients_BGD[:, 0].sum(dim=0), None

@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.float64)
 def describe_sae(sae: Sae) -> dict[str, Any]:
     """The `sae` section of config.json: what rebuilds the module."""
     here = f"{type(sae).__module__.rpartition('.')[2]}:{type(sae).__qualname__}"
-    architecture = next(name for name, target in ARCHITECTURES.items() if target == here)
+    architecture = next(name for name, each in ARCHITECTURES.items() if each.where == here)
     sizes = {"d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k}
     return {"architecture": architecture, **sizes, **sae.options}
 
@@ -109,7 +109,8 @@ def _rebuild(folder: Path, section: Any) -> Sae:
         options = dict(section)
         architecture = get_architecture(options.pop("architecture"))
         sizes = [options[name] for name in ("d_in", "d_sae", "k")]
-        if any(type(size) is not int or size < 1 for size in sizes):
+        given = sizes if sizes[2] is not None else sizes[:2]  # k: of those that have one
+        if any(type(size) is not int or size < 1 for size in given):
             raise ValueError(f"sizes {sizes}")
         # Built without storage: the sizes are checked against the file before memory is taken.
         with torch.device("meta"):
@@ -123,7 +124,7 @@ def _rebuild(folder: Path, section: Any) -> Sae:
 
 
 def _read_tensors(file: Path, sae: Sae) -> dict[str, Tensor]:
-    expected = sae.parameter_shapes(sae.d_in, sae.d_sae)
+    expected = sae.parameter_shapes()
     tensors = read_safetensors(file)
     missing = sorted(set(expected) ^ set(tensors))
     if missing:
