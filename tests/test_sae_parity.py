@@ -214,10 +214,10 @@ def test_reference_changes_nothing_where_the_recipe_does_not_deviate(name: str) 
     for batch_BD in CASES[name].batches()[:30]:
         plain.step(batch_BD)
         reference.step(batch_BD)
-    for (name, value), theirs in zip(
+    for (parameter, value), theirs in zip(
         plain.sae.state_dict().items(), reference.sae.state_dict().values(), strict=True
     ):
-        assert torch.equal(value, theirs), name
+        assert torch.equal(value, theirs), parameter
 
 
 @pytest.mark.parametrize("reference", [False, True])
