@@ -16,6 +16,8 @@ def lr_factor(
     since = step % restart_steps if restart_steps else step
     if since < warmup_steps and (step < decay_start_step or not restart_steps):
         return since / warmup_steps
+    if step >= steps:
+        return 0.0
     if step >= decay_start_step:
         return (steps - step) / (steps - decay_start_step)
     return 1.0

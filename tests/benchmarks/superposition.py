@@ -30,7 +30,8 @@ class Superposition:
     mean_D: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.random = torch.Generator().manual_seed(self.seed)
+        # Not the seed itself: an SAE of that seed would begin with these very directions.
+        self.random = torch.Generator().manual_seed(self.seed + 1_000_003)
         directions_FD = torch.randn(self.n_features, self.d_in, generator=self.random)
         self.directions_FD = directions_FD / directions_FD.norm(dim=1, keepdim=True)
         frequency_F = 1 / (torch.arange(self.n_features) + _RANK_OFFSET)
