@@ -7,6 +7,7 @@ import typer
 
 from ..stages.fitconfig import DTYPES, FitConfig
 from ..stages.sae import ARCHITECTURES
+from ..storage.order import OPEN_SHARDS
 from .errors import told_to_the_user
 
 _SAE, _LENGTH, _RECIPE, _RUN = "The SAE", "How long", "Recipe", "How it runs"
@@ -138,8 +139,8 @@ def fit(
         bool,
         typer.Option(
             "--follow",
-            help="Fit from a store while it is written: all of its rows, each shard as soon as it "
-            "is sealed.",
+            help="Fit from a store while it is written: all of its rows, in groups of "
+            f"{OPEN_SHARDS} shards, each group as soon as it is sealed.",
             rich_help_panel=_RUN,
         ),
     ] = False,

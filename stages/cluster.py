@@ -61,8 +61,11 @@ def local_cluster(n_workers: int, device: str, say: Say) -> Iterator["Cluster"]:
 def join_cluster(address: str, device: str, say: Say) -> Iterator["Cluster"]:
     """Use the workers of a running Dask cluster. NetworkError when no scheduler answers."""
     from distributed import Client
+    from distributed.comm.addressing import parse_address, parse_host_port
 
     try:
+        # Of an address without a port a client is left half made, whose end is a traceback.
+        parse_host_port(parse_address(address)[1])
         client = Client(address, timeout=_CONNECT_S, set_as_default=False)
     except (OSError, ValueError) as error:
         raise NetworkError(

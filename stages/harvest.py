@@ -269,7 +269,8 @@ def _about_text(corpus: Corpus) -> str:
     used = sum(split["documents"] for split in corpus.info["splits"].values())
     reasons = dict(documents["left_out"])
     reasons["too short for a row"] = sum(documents["too_short"].values())
-    reasons["more than needed"] = sum(documents["surplus"].values())
+    # Those that came when both splits were full, looked at or not.
+    reasons["more than needed"] = documents["records_read"] - used - sum(reasons.values())
     left_out = ", ".join(f"{n:,} {why}" for why, n in sorted(reasons.items()) if n)
     return (
         f"text      {used:,} documents used of {documents['records_read']:,} records read; "

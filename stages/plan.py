@@ -126,11 +126,12 @@ class Plan:
         fitting = int(max(room, 0) / self.bytes_per_row)
         fitting -= fitting % (1000 if fitting > 10_000 else 1)
         fewer = "" if self.n_stores == 1 else ", fewer --layer or --mask-p"
-        flag = f"--tokens {fitting}{fewer}" if fitting else "another disk"
+        smaller = f"--tokens {fitting}{fewer}, or " if fitting else ""
+        needs = "needs" if self.n_stores == 1 else "need"
         raise DiskError(
-            f"The disk is too small: {_count(self.n_stores, 'store')} of {self.rows:,} rows need "
+            f"The disk is too small: {_count(self.n_stores, 'store')} of {self.rows:,} rows {needs} "
             f"about {human_bytes(self.peak_bytes)}, and {human_bytes(self.free_bytes)} are free at "
-            f"{self.folder}. Pass {flag}, or --out on a larger disk."
+            f"{self.folder}. Pass {smaller}--out on a larger disk."
         )
 
 

@@ -27,6 +27,7 @@ from ..storage.manifest import (
     COMPLETE,
     TOKENISING,
     Manifest,
+    began_by,
     content_digest,
     read_manifest,
     write_manifest,
@@ -153,7 +154,8 @@ class _Repair:
             return
         self._say(
             f"{self.path} is unfinished: {len(shards)} damaged shards do not count as sealed any "
-            "more. Run the `sae-pipe harvest` command that began it once more; it makes them again."
+            f"more. Run the `sae-pipe {began_by(self.manifest)}` command that began it once more; it "
+            "makes them again."
         )
 
     def _look(self) -> list[Damage]:

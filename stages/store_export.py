@@ -79,6 +79,11 @@ def export_rows(config: ExportConfig, *, say: Say = print, open_bar: OpenBar = n
     out = config.out
     if out.exists():
         raise InputError(f"{out} exists. Pass another place for the export, or remove it.")
+    if config.store.resolve() in out.resolve().parents:
+        raise InputError(
+            f"{out} would stand inside {config.store}, which is left alone. Pass another place for "
+            "the export."
+        )
     store = open_store(config.store)
     reader = store._train if config.split == "train" else store.heldout._reader
     first, last = _range(config, reader)

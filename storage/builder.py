@@ -209,7 +209,7 @@ class StoreBuilder:
         if collected.distortion is not None:
             per_dimension = collected.distortion.relative_error_per_dimension
             vectors["statistics/relative_error"] = per_dimension
-            self.manifest["encoding"]["error"] = _error_summary(collected.distortion)
+            self.manifest["encoding"]["error"] = _error_summary(collected.distortion, self.codec)
         write_vectors(self.path, vectors)
         self.manifest["train"]["shards"] = collected.shards
         self.manifest["heldout"]["shards"] = heldout.collect().shards
@@ -235,11 +235,15 @@ def statistics_entry(moments: Moments) -> dict[str, Any]:
     }
 
 
-def _error_summary(distortion: Distortion) -> dict[str, Any]:
+def _error_summary(distortion: Distortion, codec: Codec) -> dict[str, Any]:
     """What the manifest says of a lossy codec's error; null for what is not a finite number."""
+    values = distortion.given.count * len(distortion.squares)
+    mean_square = float(distortion.squares.sum()) / max(values, 1)
+    typical = codec.typical_deviation or math.nan
     per_dimension = distortion.relative_error_per_dimension
     numbers = {
         "relative": distortion.relative_error,
+        "of_typical_variance": mean_square / typical**2,
         "per_dimension_median": float(np.median(per_dimension)),
         "per_dimension_max": float(per_dimension.max()),
     }

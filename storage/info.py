@@ -178,8 +178,10 @@ def _encoding(manifest: Manifest) -> list[tuple[str, str]]:
             (
                 "error",
                 (
-                    f"{_number(error['relative'])} of the variance is lost, of a dimension "
-                    f"{_number(typical)} in the median and {_number(largest)} at most; "
+                    f"{_number(error['relative'])} of the variance is lost, "
+                    f"{_number(error.get('of_typical_variance'))} of that of an ordinary dimension, "
+                    f"of a dimension {_number(typical)} in the median and {_number(largest)} at "
+                    f"most; "
                     f"{error['clipped_values']:,} values were clipped"
                 ),
             )

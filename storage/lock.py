@@ -34,9 +34,12 @@ def sole_writer(folder: Path, what: str) -> Iterator[None]:
                 f"{what} {folder} is being written by another process (pid {owner}). "
                 "Wait for it to end, or stop it, then run the same command again."
             )
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        try:
+            file.truncate(0)
+            # Not through the buffer of `file`, which would be written again when it is closed.
+            os.write(file.fileno(), str(os.getpid()).encode())
+        except OSError as error:
+            raise disk_error(error, folder) from error
         yield
 
 

@@ -61,6 +61,11 @@ def recode(
             f"{source} cannot be recoded into itself. Pass another place for the copy; the store "
             "can be deleted once that is complete."
         )
+    if source.resolve() in target.resolve().parents:
+        raise InputError(
+            f"{target} would stand inside {source}, which is left alone. Pass another place for "
+            "the copy."
+        )
     store = open_store(source)
     job = _Recode(store, target, _wanted_codec(store, codec, store_dtype))
     if job.is_complete():

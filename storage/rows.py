@@ -153,6 +153,8 @@ class SplitReader:
             frames = -(-(last - first) // self.layout.chunk_rows) * self._frames_a_chunk
             file, size = self._file(shard), self._recorded_bytes(shard)
             length = index_bytes(self.layout.chunks_per_shard * self._frames_a_chunk)
+            if length > size:
+                raise ValueError("it is smaller than the index of its chunks")
             tail = os.pread(file, length, size - length)
             if len(tail) != length:
                 raise ValueError("it is truncated")
@@ -224,10 +226,12 @@ class SplitReader:
         return out
 
     def _plain_shard(self, array: str, shard: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        values = np.empty(self.layout.shard_rows, dtype)
         try:
-            data = self.shard_path(shard, array).read_bytes()
-            PLAIN.decode(checked_frame(memoryview(data)), values)
+            frame = checked_frame(memoryview(self.shard_path(shard, array).read_bytes()))
+            # Before memory is taken: a manifest may name any size.
+            PLAIN.check_size(frame, self.layout.shard_rows * dtype.itemsize)
+            values = np.empty(self.layout.shard_rows, dtype)
+            PLAIN.decode(frame, values)
         except (ValueError, OSError) as error:
             raise self._damaged(shard, error, array) from error
         return values

@@ -45,9 +45,12 @@ def measure_shuffle(
     damaged shards and tokens.
     """
     layout, n_rows = store._train.layout, store.n_rows
-    batch = batch_size or min(BATCH_ROWS, max(n_rows // MIN_BATCHES, 1))
+    default = min(BATCH_ROWS, max(n_rows // MIN_BATCHES, 1))
+    batch = default if batch_size is None else batch_size
     if not 1 <= batch <= max(n_rows, 1):
-        raise InputError(f"A batch of {batch} rows cannot be had of {n_rows}. Pass fewer.")
+        raise InputError(
+            f"A batch of {batch} rows cannot be had of {n_rows}. Pass --batch-size from 1 to that."
+        )
     contexts = Contexts.of(store)
     stored = StoredOrder(layout, contexts, shards_to_read(layout, max_rows), batch)
     stored.read(store, advance)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .codecs import codec_of
 from .corpus import Corpus
 from .errors import InputError, StoreError
+from .layout import Layout
 from .loader import BatchLoader
 from .manifest import (
     COMPLETE,
@@ -42,8 +43,17 @@ class HeldOut:
         return self._reader.read_source(slice(start, stop))
 
 
-def check_record(record: Any, arrays: set[str]) -> None:
-    """ValueError or TypeError unless a shard's record has the form that readers rely on."""
+def check_record(record: Any, arrays: set[str], layout: Layout, shard: int) -> None:
+    """ValueError or TypeError unless a shard's record has the form that readers rely on.
+
+    Its rows have to be those of the layout: what stands behind them in the last shard is padding,
+    which would be read as rows.
+    """
+    first, last = layout.rows_of_shard(shard)
+    if record["rows"] != last - first:
+        raise ValueError(
+            f"shard {shard} has {record['rows']!r} rows, and the sizes ask for {last - first}"
+        )
     files = record["files"]
     if set(files) != arrays:
         raise ValueError(f"a shard has the arrays {', '.join(sorted(files))}")
@@ -105,8 +115,8 @@ class ActivationStore:
         entry = self.manifest[split]
         layout = layout_of(entry, self.path)
         arrays = {"activations", "source"} | ({"masked"} if split == "train" else set())
-        for shard in entry["shards"]:
-            check_record(shard, arrays)
+        for shard, record in enumerate(entry["shards"][: layout.n_shards]):
+            check_record(record, arrays, layout, shard)
         reader = SplitReader(self.path, folder, layout, entry["shards"], self._codec)
         if len(entry["shards"]) != layout.n_shards:
             raise StoreError(

@@ -24,6 +24,7 @@ from .manifest import (
     HARVESTING,
     TOKENISING,
     Manifest,
+    began_by,
     content_digest,
     layout_of,
     read_commit,
@@ -221,7 +222,8 @@ def writer_of(path: Path) -> str:
     """A sentence: whether somebody is writing a store."""
     if has_writer(path) is False:
         return (
-            "No process is writing it: run the `sae-pipe harvest` command that began it once more."
+            f"No process is writing it: run the `sae-pipe {began_by(read_manifest(path))}` command "
+            "that began it once more."
         )
     return "It is being written."
 
@@ -253,7 +255,7 @@ class _FollowingReader(SplitReader):
             return
         record = self._feed.wait_for(self._split, shard, self._stopped)
         try:
-            check_record(record, _ARRAYS[self._split])
+            check_record(record, _ARRAYS[self._split], self.layout, shard)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(shard, ValueError(f"its record cannot be ({error})")) from error
         self.check_shard(shard, record)
@@ -314,7 +316,9 @@ def follow_store(path: str | Path, say: Say = lambda line: None) -> FollowedStor
             f"Store {path} cannot be followed: its state is {manifest.get('state')!r}."
         )
     try:
-        return FollowedStore(path, manifest)
+        store = FollowedStore(path, manifest)
+        store.while_waiting(lambda: False, say)  # the first shard is read before there is a trainer
+        return store
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(
             f"The manifest of {path} is damaged: it lacks what every store has, or has it in "

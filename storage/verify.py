@@ -5,6 +5,7 @@ another size. Only manifest.json has to be readable, and it is checked against i
 """
 
 import hashlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
+from .codecs import codec_of, get_codec
 from .corpus import CORPUS_JSON, Corpus
 from .errors import StoreError
 from .files import is_sha256
@@ -22,10 +26,12 @@ from .manifest import (
     MANIFEST,
     TOKENISING,
     Manifest,
+    began_by,
     content_digest,
     layout_of,
     sealed_records,
 )
+from .shard import CRC_BYTES
 
 _READ_BYTES = 1 << 20
 SPLITS = {"train": "", "heldout": "heldout"}
@@ -137,8 +143,45 @@ def wrong_in_manifest(path: Path, manifest: Manifest) -> str | None:
                     )
         if content_digest(manifest) != manifest["digest"]:
             return "its recipe, sizes and shards do not have the digest that it gives them"
+        if codec_of(manifest).spelling != _asked_codec(manifest):
+            return f"it names the codec {manifest['codec']}, and its recipe another one"
+        return _wrong_statistics(path, manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f"it lacks what every store has, or has it in another form ({error})"
+    return None
+
+
+def _asked_codec(manifest: Manifest) -> str:
+    """The codec of the recipe, which the digest covers; the first stores' have none."""
+    return get_codec(manifest["recipe"].get("codec", manifest["codec"])).spelling
+
+
+def _wrong_statistics(path: Path, manifest: Manifest) -> str | None:
+    """A clause when the manifest's statistics, by which a fit scales rows, are not those that the
+    files of mean and variance give. Nothing is said where one of those is damaged.
+    """
+    vectors = []
+    for name in ("statistics/mean/c/0", "statistics/variance/c/0"):
+        entry, file = manifest["files"][name], path / name
+        try:
+            data = file.read_bytes() if file.stat().st_size == entry["bytes"] else b""
+        except OSError:
+            return None
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            return None
+        vectors.append(np.frombuffer(data[:-CRC_BYTES], "<f8"))
+    mean, variance = vectors
+    given = manifest["statistics"]
+    for name, value in (
+        ("mean_squared_norm", float((mean**2 + variance).sum())),
+        ("norm_of_mean", float((mean**2).sum() ** 0.5)),
+        ("total_variance", float(variance.sum())),
+    ):
+        # Sums of another processor may differ in their last digits.
+        if not math.isclose(given[name], value, rel_tol=1e-9, abs_tol=1e-300):
+            return f"it gives {name} as {given[name]!r}, and statistics/ says {value!r}"
+    if given["rows"] != manifest["train"]["layout"]["n_rows"]:
+        return f"it gives the statistics of {given['rows']} rows, and has others"
     return None
 
 
@@ -245,7 +288,7 @@ def advice(path: Path, manifest: Manifest, damages: Sequence[Damage]) -> str:
         )
     if manifest["state"] != COMPLETE:
         return (
-            f"Run {command} and then the `sae-pipe harvest` command that began it: together they "
-            "make those files again."
+            f"Run {command} and then the `sae-pipe {began_by(manifest)}` command that began it: "
+            "together they make those files again."
         )
     return f"Run {command}: it makes those files again and touches nothing else."

@@ -162,7 +162,7 @@ def test_harvest_says_what_became_of_the_records(tmp_path: Path) -> None:
     assert code == 0
     assert [line for line in stdout.splitlines() if line.startswith("text ")] == [
         "text      12 documents used of 64 records read; "
-        "left out: 1 duplicate, 1 empty, 1 malformed JSON, 4 more than needed, 1 not text"
+        "left out: 1 duplicate, 1 empty, 1 malformed JSON, 48 more than needed, 1 not text"
     ]
 
 

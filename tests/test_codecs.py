@@ -1,6 +1,6 @@
 """Every codec, run over the registry: what goes in comes out, for us and for plain readers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sae_pipe.storage import InputError, zarr_metadata
+from sae_pipe.storage import ActivationStore, InputError, open_store, zarr_metadata
 from sae_pipe.storage.codecs import CODECS, Codec, get_codec
 from sae_pipe.storage.codecs.blosc import BloscFrames
 from sae_pipe.storage.codecs.compact import Compact, typical_deviation
 from sae_pipe.storage.errors import NonFiniteError
 from sae_pipe.storage.layout import Layout
+from sae_pipe.storage.recode import recode
 from sae_pipe.storage.rows import SplitReader
 from sae_pipe.storage.statistics import Distortion
 from sae_pipe.storage.values import VALUE_TYPES, Floats
@@ -261,6 +262,19 @@ def test_massive_dimensions_and_rows_leave_the_ordinary_dimensions_alone() -> No
     )  # three of 64 capped at 4 times the median: at most 1.7 times the variance
     # The massive rows themselves keep their value to half a step: nothing is clipped.
     assert np.abs(kept - outliers).max() <= 0.5001 * codec.step * (1 + 1e-3)
+
+
+def test_massive_rows_do_not_make_the_recorded_error_look_small(
+    make_store: Callable[..., ActivationStore], tmp_path: Path
+) -> None:
+    """They raise the variance that the relative error is over, but not the typical one."""
+    values = some_rows(4096, 32)
+    values[::500] *= 3000
+    source = make_store(tmp_path / "a.zarr", values, values[:4])
+    recode(source.path, tmp_path / "b.zarr", "compact", say=lambda line: None)
+    error = open_store(tmp_path / "b.zarr").manifest["encoding"]["error"]
+    assert error["relative"] < 1e-5
+    assert error["of_typical_variance"] == pytest.approx(0.25**2 / 12, rel=0.05)
 
 
 def test_values_beyond_the_range_of_codes_are_clipped_and_counted(

@@ -234,6 +234,11 @@ def test_mistakes_are_refused_before_anything_is_written(
     for message, changes in cases:
         options = {"format": "numpy"} | changes
         refuses(message, partial(quietly, path, out, **options))
+    inside = path / "export"
+    refuses(
+        f"{inside} would stand inside {path}, which is left alone. Pass another place for the export.",
+        partial(quietly, path, inside, "numpy"),
+    )
     refuses(
         f"{tmp_path} exists. Pass another place for the export, or remove it.",
         lambda: quietly(path, tmp_path, "numpy"),

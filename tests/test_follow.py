@@ -249,6 +249,22 @@ def test_a_store_whose_tokens_are_being_made_is_waited_for_or_refused(
     ]
 
 
+def test_a_wait_for_the_very_first_shard_is_spoken_of(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sae_pipe.storage.unfinished._FIRST_WORD_S", 0.0)
+    growing, said = Growing(whole, tmp_path / "acts.zarr", 0), list[str]()
+    store = follow_store(growing.path, said.append)
+    later = threading.Timer(1.0, growing.grow, (1,))
+    later.start()
+    assert store.mean_squared_norm > 0  # what a fit asks for before it has a trainer
+    later.join()
+    assert said == [
+        f"Waiting for training shard 0 of {growing.path}. No process is writing it: run the "
+        "`sae-pipe harvest` command that began it once more."
+    ]
+
+
 def test_looking_for_a_writer_turns_none_away(tmp_path: Path) -> None:
     assert has_writer(tmp_path / "none") is False
     looking, stop = list[bool | None](), threading.Event()

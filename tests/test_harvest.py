@@ -154,7 +154,7 @@ def test_what_became_of_the_records_is_said_by_reason(lm: Path, text: Path, tmp_
     (line,) = (line for line in said if line.startswith("text "))
     assert re.fullmatch(
         r"text      \d+ documents used of \d+ records read; "
-        r"left out: 1 duplicate, 1 empty, 1 malformed JSON, 1 not text",
+        r"left out: 1 duplicate, 1 empty, 1 malformed JSON, \d+ more than needed, 1 not text",
         line,
     )
 
@@ -278,6 +278,10 @@ def test_a_compact_store_says_how_large_its_error_is(
     recorded = compact.manifest["encoding"]
     assert recorded["error"]["relative"] == pytest.approx(errors.sum() / spread.sum(), rel=1e-5)
     assert recorded["error"]["relative"] == pytest.approx(0.0052, rel=0.05)
+    typical_variance = (recorded["parameters"]["step"] / 0.25) ** 2
+    of_typical = errors.mean() / typical_variance
+    assert recorded["error"]["of_typical_variance"] == pytest.approx(of_typical, rel=1e-5)
+    assert recorded["error"]["of_typical_variance"] == pytest.approx(1 / 16 / 12, rel=0.02)
     assert recorded["error"]["clipped_values"] == 0
     per_dimension = errors.sum(0) / spread.sum(0)
     np.testing.assert_allclose(compact.relative_error, per_dimension, rtol=1e-5)

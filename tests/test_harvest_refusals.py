@@ -88,7 +88,7 @@ def test_too_small_a_disk_is_refused_with_the_flags_that_would_fit(
 ) -> None:
     monkeypatch.setattr("sae_pipe.stages.harvest_plan.free_bytes", lambda path: 200_000)
     message = (
-        r"The disk is too small: 1 store of 6,000 rows need about \d+ kB, and 200 kB are free at "
+        r"The disk is too small: 1 store of 6,000 rows needs about \d+ kB, and 200 kB are free at "
         rf"{tmp_path}\. Pass --tokens \d+, or --out on a larger disk\."
     )
     refused(config_for(lm, text, tmp_path / "a.zarr"), DiskError, message)

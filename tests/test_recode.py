@@ -92,6 +92,15 @@ def test_a_recoded_harvest_is_byte_for_byte_the_harvest_with_that_codec(
     assert said == [f"{again.out} is complete: 21,969 rows of this recipe. Nothing to do."]
 
 
+def test_a_copy_does_not_stand_inside_its_source(store: Path) -> None:
+    before = content(store)
+    inside = store / "copies" / "b.zarr"
+    message = f"{inside} would stand inside {store}, which is left alone. Pass another place for the copy."
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        quietly(store, inside, "none")
+    assert content(store) == before
+
+
 def test_what_a_lossy_codec_has_taken_stays_said(
     lm: Path, text: Path, store: Path, tmp_path: Path
 ) -> None:

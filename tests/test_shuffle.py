@@ -342,7 +342,7 @@ def test_a_store_of_a_few_rows_is_measured_as_far_as_that_goes(
 
 def test_batches_larger_than_the_store_are_refused(corpus: Corpus, tmp_path: Path) -> None:
     store = write_rows(tmp_path / "acts.zarr", sources(corpus), LAYOUT)
-    message = r"^A batch of 20000 rows cannot be had of 18434\. Pass fewer\.$"
+    message = r"^A batch of 20000 rows cannot be had of 18434\. Pass --batch-size from 1 to that\.$"
     with pytest.raises(InputError, match=message):
         measure_shuffle(store, batch_size=20_000)
     result = verify(store.path, "--json")

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from sae_pipe.pipeline.cli import app
-from sae_pipe.storage import ActivationStore, StoreError, open_store
+from sae_pipe.storage import ActivationStore, DiskError, StoreError, open_store
+from sae_pipe.storage.lock import sole_writer
 from sae_pipe.storage.shard import crc32c, index_bytes
+from sae_pipe.storage.verify import wrong_in_manifest
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -55,10 +58,10 @@ def test_a_damaged_manifest_is_refused_in_one_sentence(
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(StoreError, match=str(copy)):
         open_store(copy)
-    for command in ("info", "verify"):
+    for command, codes in (("info", (0, 2)), ("verify", (2,)), ("repair", (2,))):
         result = CliRunner().invoke(app, ["store", command, str(copy)])
         assert result.exception is None or isinstance(result.exception, SystemExit)
-        assert result.exit_code in (0, 2)
+        assert result.exit_code in codes
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "corpus/corpus.json"])
@@ -143,12 +146,18 @@ def test_a_missing_file_of_a_shard_is_named_when_the_store_is_opened(
             "Fetch or harvest the store again.",
         ),
         (
+            # Its shards suffice, but the last rows of the last one would be padding.
+            lambda m: m["train"]["layout"].update(n_rows=4000),
+            "The manifest of {copy} is damaged or names what this sae-pipe does not know (shard 3 "
+            "has 1024 rows, and the sizes ask for 928). Fetch or harvest the store again.",
+        ),
+        (
             lambda m: m.update(format_version=9),
             "Store {copy} has format version 9, and this sae-pipe reads up to 1. "
             "Upgrade it: pip install --upgrade sae-pipe.",
         ),
     ],
-    ids=["bytes", "rows", "future"],
+    ids=["bytes", "rows", "rows of a shard", "future"],
 )
 def test_a_manifest_that_lies_or_is_of_the_future_is_refused(
     small_store: ActivationStore, tmp_path: Path, change: Change, message: str
@@ -161,6 +170,56 @@ def test_a_manifest_that_lies_or_is_of_the_future_is_refused(
     expected = message.format(copy=copy, size=f"{size:,}", repairs=repairs(copy))
     with pytest.raises(StoreError, match=f"^{re.escape(expected)}$"):
         open_store(copy)
+
+
+def test_a_shard_size_that_lies_takes_no_memory(
+    small_store: ActivationStore, tmp_path: Path
+) -> None:
+    copy = damaged_copy(small_store, tmp_path)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    split = manifest["train"]
+    split["layout"] |= {"n_rows": 1024, "shard_rows": 1 << 46, "block_rows": 1 << 46}
+    split["shards"] = split["shards"][:1]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    store = open_store(copy)
+    for read, file, what in (
+        (store.read, "activations/c/0/0", "it is smaller than the index of its chunks"),
+        (store.source, "source/c/0", f"frame holds 8192 bytes where {1 << 49} belong"),
+        (store.masked, "masked/c/0", f"frame holds 1024 bytes where {1 << 46} belong"),
+    ):
+        message = f"Shard 0 of {copy} is damaged: {file}: {what}. {repairs(copy)}"
+        with pytest.raises(StoreError, match=f"^{re.escape(message)}$"):
+            read(slice(0, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda m: m.update(codec="none"), "it names the codec none, and its recipe another one"),
+        (
+            lambda m: m["statistics"].update(mean_squared_norm=0.5),
+            "it gives mean_squared_norm as 0.5, and statistics/ says ",
+        ),
+        (
+            lambda m: m["statistics"].update(rows=5),
+            "it gives the statistics of 5 rows, and has others",
+        ),
+    ],
+    ids=["codec", "norm", "rows"],
+)
+def test_what_the_digest_of_a_manifest_does_not_cover_is_compared_with_what_it_does(
+    store: Path, tmp_path: Path, change: Change, what: str
+) -> None:
+    copy = Path(shutil.copytree(store, tmp_path / "copy.zarr"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert wrong_in_manifest(copy, manifest) is None
+    change(manifest)
+    found = wrong_in_manifest(copy, manifest)
+    assert found is not None
+    assert found.startswith(what)
+    mean = copy / "statistics/mean/c/0"
+    mean.write_bytes(bytes(mean.stat().st_size))  # then it says nothing against the manifest
+    assert (wrong_in_manifest(copy, manifest) is None) == what.startswith("it gives")
 
 
 # --- a folder that cannot be written ---
@@ -199,3 +258,20 @@ def test_a_store_on_a_read_only_disk_can_be_read_and_checked_but_not_written(
     ):
         result = CliRunner().invoke(app, command)
         assert (result.exit_code, result.stderr) == (2, f"Error: {what}\n")
+
+
+def test_a_disk_without_a_byte_for_the_lock_is_one_sentence(read_only: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,rw", str(read_only)], check=True)
+    rest = read_only / "rest"
+    with suppress(OSError), rest.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    place = read_only / "new.zarr"
+    with (
+        pytest.raises(DiskError, match=f"^The disk is full: {place} could not be written"),
+        sole_writer(place, "Store"),
+    ):
+        pass
+    rest.unlink()
+    with sole_writer(place, "Store"):
+        pass

@@ -95,7 +95,8 @@ def test_info_shows_how_values_are_stored_and_what_that_has_cost(folder: Path) -
     step, error = manifest["encoding"]["parameters"]["step"], manifest["encoding"]["error"]
     assert lines["values"] == f"bfloat16, in float32 for Zarr; whole steps of {step:.6g}"
     assert lines["error"] == (
-        f"{error['relative']:.3g} of the variance is lost, of a dimension "
+        f"{error['relative']:.3g} of the variance is lost, {error['of_typical_variance']:.3g} of "
+        "that of an ordinary dimension, of a dimension "
         f"{error['per_dimension_median']:.3g} in the median and {error['per_dimension_max']:.3g} "
         "at most; 0 values were clipped"
     )

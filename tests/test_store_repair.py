@@ -95,7 +95,8 @@ def test_verify_finds_every_damaged_file_and_no_other(
     for name, way in chosen.items():
         WAYS[way](copy / name)
     expected = set(chosen)
-    if "corpus/corpus.json" in chosen:  # it lists the files of the tokens
+    # It lists the files of the tokens; cut off by a byte it has lost a line feed and no more.
+    if chosen.get("corpus/corpus.json", "cut") != "cut":
         expected = {name for name in chosen if not name.startswith("corpus/")}
         expected |= {"corpus/corpus.json"}
     assert damaged(copy) == sorted(expected)

@@ -21,7 +21,7 @@ import transformers
 from distributed import Client
 
 from sae_pipe.stages import harvest_workers, worker_task
-from sae_pipe.stages.cluster import Cluster
+from sae_pipe.stages.cluster import Cluster, join_cluster
 from sae_pipe.stages.harvest import harvest
 from sae_pipe.stages.harvest_config import request_of, targets
 from sae_pipe.stages.harvest_run import Host, OneProcess
@@ -176,6 +176,17 @@ def test_flags_that_cannot_be_are_refused(
     options = ("--model", lm, "--layer", 1, "--dataset", text, "--out", out)
     assert refused("harvest", *options, *flags) == message
     assert not out.exists()
+
+
+def test_an_address_without_a_port_is_refused_before_a_client_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distributed.Client", None)  # a half-made one takes 20 s and a traceback
+    with (
+        pytest.raises(NetworkError, match=r"^No Dask scheduler answers at tcp://host\. "),
+        join_cluster("tcp://host", "cpu", print),
+    ):
+        pass
 
 
 def test_who_does_the_work_is_no_part_of_the_recipe(lm: Path, text: Path, tmp_path: Path) -> None:

@@ -70,6 +70,11 @@ class Codec(ABC):
         return Served(self.values.name, self.values.memory)
 
     @property
+    def typical_deviation(self) -> float | None:
+        """What a lossy codec found to be the standard deviation of an ordinary dimension."""
+        return None
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """What calibration has found, for the manifest."""
         return {}

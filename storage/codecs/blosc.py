@@ -104,16 +104,20 @@ class BloscFrames:
         # Compressors must not be shared between threads; one costs microseconds.
         return zstandard.ZstdCompressor(compression_params=parameters)
 
+    def check_size(self, frame: memoryview, n_bytes: int) -> None:
+        """ValueError unless a frame states that it decodes to so many bytes."""
+        if len(frame) < _HEADER.size:
+            raise ValueError(f"frame has {len(frame)} bytes, fewer than its header")
+        stated = int.from_bytes(frame[4:8], "little")
+        if stated != n_bytes:
+            raise ValueError(f"frame holds {stated} bytes where {n_bytes} belong")
+
     def decode(self, frame: memoryview, values: NDArray[Any]) -> None:
         """Fill a contiguous array from one frame; ValueError if it is damaged or of another size.
 
         A blosc frame states its own size: it is checked before blosc writes a byte.
         """
-        if len(frame) < _HEADER.size:
-            raise ValueError(f"frame has {len(frame)} bytes, fewer than its header")
-        stated = int.from_bytes(frame[4:8], "little")
-        if stated != values.nbytes:
-            raise ValueError(f"frame holds {stated} bytes where {values.nbytes} belong")
+        self.check_size(frame, values.nbytes)
         try:
             numcodecs.blosc.decompress(frame, values)
         except RuntimeError as error:

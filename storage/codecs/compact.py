@@ -83,6 +83,10 @@ class Compact(Codec):
         return Served("steps", self.stored, self.step)
 
     @property
+    def typical_deviation(self) -> float | None:
+        return self.step / self.relative_step  # but for the rounding of the step
+
+    @property
     def parameters(self) -> dict[str, Any]:
         return {"step": self.step, "code": self.code}
 
