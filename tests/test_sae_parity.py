@@ -129,7 +129,7 @@ def test_a_case_goes_through_everything_that_its_recipe_has(case: Case) -> None:
     else:
         assert len(set(seen["l0"])) > 50
     if case.arch == "p_anneal":
-        assert expected.p == pytest.approx(recipe.p_end)
+        assert expected.p == recipe.p_end
         assert expected.coefficient < recipe.sparsity / 1.5
     if case.arch == "jumprelu":
         assert slopes > 0.5
@@ -166,7 +166,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "matryoshka weights": {"group_weights": (0.5, 0.3, 0.2), "group_sizes": (6, 20, 38)},
     "relu unit": PENALTY_CHANGES | {"decoder_norm": "free", "grad_clip": 1.0},
     "relu resampled": {"resample_steps": 50, "warmup_steps": 6},
-    "relu free": PENALTY_CHANGES | {"decoder_norm": "unit", "grad_clip": 1.1, "l1_norm_power": 2},
+    "relu free": PENALTY_CHANGES
+    | {"decoder_norm": "unit", "grad_clip": 1.1, "l1_norm_power": 2, "reference": True},
     "p_anneal": PENALTY_CHANGES
     | {
         "p_start": 0.99,
@@ -208,7 +209,7 @@ def test_a_case_notices_a_changed_constant(name: str, field: str, value: object)
     assert max(found) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["relu unit", "relu free", "p_anneal", "gated"])
+@pytest.mark.parametrize("name", ["relu unit", "p_anneal", "gated"])
 def test_reference_changes_nothing_where_the_recipe_does_not_deviate(name: str) -> None:
     plain, reference = ours(CASES[name]), ours(CASES[name], reference=True)
     for batch_BD in CASES[name].batches()[:30]:

@@ -298,10 +298,11 @@ def with_auxk(
 def relu_loss(state: Textbook, x_BD: Tensor, p: Parameters) -> Loss:
     """||x - x_hat||^2 + lambda s sum_i f_i, and with free decoder norms f_i ||W_dec,i||.
 
-    The free variant does not subtract b_dec before the encoder.
+    The free variant does not subtract b_dec before the encoder; the reference's does by default.
     """
     free = state.recipe.decoder_norm == "free"
-    f_BS = torch.relu((x_BD if free else x_BD - p["b_dec"]) @ p["W_enc"] + p["b_enc"])
+    centred_BD = x_BD if free and not state.recipe.reference else x_BD - p["b_dec"]
+    f_BS = torch.relu(centred_BD @ p["W_enc"] + p["b_enc"])
     x_hat_BD = f_BS @ p["W_dec"] + p["b_dec"]
     norms_S = p["W_dec"].norm(dim=1) ** state.recipe.l1_norm_power if free else 1.0
     penalty = (f_BS * norms_S).sum(dim=1).mean()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+_SEED_OFFSET = 7_368_787
 _RANK_OFFSET = 10  # without it the most frequent feature would be on in most rows
 
 
@@ -30,8 +31,8 @@ class Superposition:
     mean_D: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        # Not the seed itself: an SAE of that seed would begin with these very directions.
-        self.random = torch.Generator().manual_seed(self.seed + 1_000_003)
+        # Far from an SAE's seeds: one that is drawn like the directions would start at the solution.
+        self.random = torch.Generator().manual_seed(self.seed + _SEED_OFFSET)
         directions_FD = torch.randn(self.n_features, self.d_in, generator=self.random)
         self.directions_FD = directions_FD / directions_FD.norm(dim=1, keepdim=True)
         frequency_F = 1 / (torch.arange(self.n_features) + _RANK_OFFSET)
