@@ -106,8 +106,23 @@ def fit(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Of initial weights and row order.", rich_help_panel=_RUN)
+        int, typer.Option(help="Of initial weights.", rich_help_panel=_RUN)
     ] = FitConfig.seed,
+    order_seed: Annotated[
+        int,
+        typer.Option(
+            help="Of the order of rows, which SAEs that are fitted together share.",
+            rich_help_panel=_RUN,
+        ),
+    ] = FitConfig.order_seed,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads of a step. Default: all for one SAE; 1 for each of several, which "
+            "step side by side.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", rich_help_panel=_RUN)
     ] = FitConfig.device,
@@ -173,6 +188,8 @@ def fit(
         grad_clip=grad_clip,
         threshold_beta=threshold_beta,
         seed=seed,
+        order_seed=order_seed,
+        threads=threads,
         device=device,
         dtype=dtype,
         checkpoint_minutes=checkpoint_minutes,

@@ -39,9 +39,12 @@ class FitConfig:
             estimated, and how much of it each step keeps.
     Numbers:
         normalise: divide rows by the root of the store's mean squared norm; the factor is folded
-            into the saved weights. seed: of the initial weights and of the order of rows.
+            into the saved weights. seed: of the initial weights; order_seed: of the order of rows,
+            which SAEs of several seeds share.
         device: auto, cpu, cuda, cuda:N, mps. dtype: float32; tf32 and bfloat16 for the products
-            only, with float32 weights; float64 for checks.
+            only, with float32 weights; float64 for checks. threads: torch's in a step on a CPU,
+            which sums may depend on; None is all for one SAE and 1 for several, or what the run was
+            begun with.
     Bookkeeping (changes no weight):
         log_every: steps between lines of metrics.jsonl; None is about a thousand lines a run.
         heldout_every: steps between held-out evaluations; None is ten a run. heldout_rows: how many
@@ -82,6 +85,8 @@ class FitConfig:
 
     normalise: bool = True
     seed: int = 0
+    order_seed: int = 0
+    threads: int | None = None
     device: str = "auto"
     dtype: str = "float32"
 
@@ -113,13 +118,15 @@ class FitConfig:
             ("--heldout-every", self.heldout_every, 1),
             ("--heldout-rows", self.heldout_rows, 0),
             ("--checkpoint-steps", self.checkpoint_steps, 1),
+            ("--threads", self.threads, 1),
         ):
             if value is not None and value < least:
                 raise InputError(f"{flag} must be at least {least}, not {value}.")
             if value is not None and value >= _TOO_LARGE:
                 raise InputError(f"{flag} must be below 2**63, not {value}.")
-        if not 0 <= self.seed < _TOO_LARGE:
-            raise InputError(f"--seed is {self.seed}, and has to be from 0 to 2**63 - 1.")
+        for flag, seed in (("--seed", self.seed), ("--order-seed", self.order_seed)):
+            if not 0 <= seed < _TOO_LARGE:
+                raise InputError(f"{flag} is {seed}, and has to be from 0 to 2**63 - 1.")
         if self.k >= self.d_sae:
             raise InputError(
                 f"--l0 {self.k} must be smaller than --d-sae {self.d_sae}: an SAE that keeps "

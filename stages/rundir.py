@@ -101,6 +101,13 @@ class RunFolder:
         }
         write_json(self.config_file, config)
 
+    def recipe(self) -> dict[str, Any]:
+        """What decides the weights of the run that was begun here; empty when none was."""
+        if not self.config_file.is_file():
+            return {}
+        found = read_config(self.path).get("recipe")
+        return found if isinstance(found, dict) else {}
+
     def check_same(self, recipe: dict[str, Any]) -> None:
         """InputError that shows the difference when config.json is there with another recipe.
 
@@ -109,8 +116,7 @@ class RunFolder:
         if not self.config_file.is_file():
             return
         wanted = json.loads(json.dumps(recipe))  # tuples become lists, as they come back
-        found = read_config(self.path).get("recipe")
-        found = found if isinstance(found, dict) else {}
+        found = self.recipe()
         differing = [
             f"{name}={found.get(name)!r} there and {wanted.get(name)!r} here"
             for name in sorted(found.keys() | wanted.keys())

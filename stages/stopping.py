@@ -3,7 +3,7 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -32,9 +32,11 @@ def signals_asked() -> Iterator[list[int]]:
             signal.signal(each, handler)
 
 
-def leave(number: int, run: Path) -> None:
-    """End the process as the signal would have; the checkpoint is written."""
-    print(f"Stopped: {run} goes on from its checkpoint.", file=sys.stderr)
+def leave(number: int, runs: Sequence[Path]) -> None:
+    """End the process as the signal would have; the checkpoints are written."""
+    names = ", ".join(map(str, runs))
+    go_on = "goes on from its checkpoint" if len(runs) == 1 else "go on from their checkpoints"
+    print(f"Stopped: {names} {go_on}.", file=sys.stderr)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
