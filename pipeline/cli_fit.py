@@ -8,6 +8,7 @@ import typer
 from ..stages.fitconfig import DTYPES, FitConfig
 from ..stages.sae import ARCHITECTURES
 from .errors import told_to_the_user
+from .fit_flags import RUNS, check_workers, fit_configs, listed, paths
 
 _SAE, _LENGTH, _RECIPE, _RUN = "The SAE", "How long", "Recipe", "How it runs"
 
@@ -15,21 +16,35 @@ _SAE, _LENGTH, _RECIPE, _RUN = "The SAE", "How long", "Recipe", "How it runs"
 @told_to_the_user
 def fit(
     store: Annotated[
-        Path, typer.Option(help="The activation store to fit from.", rich_help_panel=_SAE)
+        list[str],
+        typer.Option(
+            help="The activation store to fit from; several times, or a list with commas, for SAEs "
+            "from each.",
+            rich_help_panel=_SAE,
+        ),
     ],
     l0: Annotated[
-        int, typer.Option(help="Active latents a row to aim at (k).", rich_help_panel=_SAE)
+        str,
+        typer.Option(
+            help="Active latents a row to aim at (k); a list such as 20,40,80 for an SAE each.",
+            rich_help_panel=_SAE,
+        ),
     ],
     arch: Annotated[
-        str, typer.Option(help=f"One of {', '.join(sorted(ARCHITECTURES))}.", rich_help_panel=_SAE)
+        str,
+        typer.Option(
+            help=f"One of {', '.join(sorted(ARCHITECTURES))}; or a list.", rich_help_panel=_SAE
+        ),
     ] = "matryoshka",
     d_sae: Annotated[
-        int, typer.Option(help="Number of latents.", rich_help_panel=_SAE)
-    ] = FitConfig.d_sae,
+        str, typer.Option(help="Number of latents; or a list.", rich_help_panel=_SAE)
+    ] = str(FitConfig.d_sae),
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The run folder. Default: runs/STORE-ARCH-l0_L0-seedSEED.", rich_help_panel=_RUN
+            help="The run folder. Default: runs/STORE-ARCH-l0_L0-seedSEED. Of several SAEs: the "
+            "folder of their run folders. Default: runs.",
+            rich_help_panel=_RUN,
         ),
     ] = None,
     tokens: Annotated[
@@ -47,11 +62,11 @@ def fit(
         int, typer.Option(help="Rows a step.", rich_help_panel=_LENGTH)
     ] = FitConfig.batch_size,
     lr: Annotated[
-        float | None,
+        str,
         typer.Option(
-            help="Peak learning rate. Default: 2e-4 / sqrt(d_sae / 2**14).", rich_help_panel=_RECIPE
+            help="Peak learning rate; auto is 2e-4 / sqrt(d_sae / 2**14).", rich_help_panel=_RECIPE
         ),
-    ] = None,
+    ] = "auto",
     warmup_steps: Annotated[
         int | None,
         typer.Option(
@@ -106,8 +121,8 @@ def fit(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Of initial weights.", rich_help_panel=_RUN)
-    ] = FitConfig.seed,
+        str, typer.Option(help="Of initial weights; or a list.", rich_help_panel=_RUN)
+    ] = str(FitConfig.seed),
     order_seed: Annotated[
         int,
         typer.Option(
@@ -164,48 +179,33 @@ def fit(
             help="Held-out rows of each of them; the summary uses all.", rich_help_panel=_RUN
         ),
     ] = FitConfig.heldout_rows,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Of several stores: processes that take one store each, on a GPU each where there "
+            "are GPUs. Default: this process, store by store.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
 ) -> None:
-    """Fit a sparse autoencoder from a store.
+    """Fit sparse autoencoders from a store: one, or every combination of lists.
 
-    The same command goes on with a run that was interrupted, to the same weights. Of a store that
-    is unfinished it takes the shards that are sealed now, and keeps to those.
+    SAEs of one store are fitted together, from one stream of its rows. The same command goes on
+    with what was interrupted, to the same weights. Of a store that is unfinished it takes the
+    shards that are sealed now, and keeps to those.
     """
+    flags = dict(locals())
     # Torch takes seconds to import: a flag that cannot work is refused before that.
-    config = FitConfig(
-        arch=arch,
-        k=l0,
-        d_sae=d_sae,
-        tokens=tokens,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        warmup_steps=warmup_steps,
-        auxk_coefficient=auxk_coefficient,
-        dead_after_tokens=dead_after_tokens,
-        threshold_start=threshold_start,
-        k_anneal_steps=k_anneal_steps,
-        decay_start=decay_start,
-        grad_clip=grad_clip,
-        threshold_beta=threshold_beta,
-        seed=seed,
-        order_seed=order_seed,
-        threads=threads,
-        device=device,
-        dtype=dtype,
-        checkpoint_minutes=checkpoint_minutes,
-        checkpoint_steps=checkpoint_steps,
-        log_every=log_every,
-        heldout_every=heldout_every,
-        heldout_rows=heldout_rows,
-    )
-    from ..stages.fit import default_out
-    from ..stages.fit import fit as run
-    from ..stages.fit_source import open_to_fit
+    for name in ("l0", "d_sae", "seed"):
+        flags[name] = listed(name, flags[name], int)
+    flags["arch"] = listed("arch", arch, str)
+    stores, configs = paths(store), fit_configs(flags)
+    check_workers(workers, len(stores))
+    if len(stores) * len(configs) > 1:
+        from .fitting import fit_several
 
-    folder = Path(default_out(store, config)) if out is None else out
-    opened = open_to_fit(store, folder, follow=follow, say=lambda s: typer.echo(s, err=True))
-    summary = run(opened, config, folder)
-    from .tables import run_table
+        fit_several(stores, configs, out or RUNS, follow=follow, workers=workers)
+        return
+    from .fitting import fit_one
 
-    typer.echo(run_table([(str(folder), summary)]))
-    typer.echo(f"Weights, curve and metrics are in {folder}.")
+    fit_one(stores[0], configs[0], out, follow=follow)

@@ -82,6 +82,7 @@ class Run:
         self._checkpointed_step: int | None = None
         self._resume()
         self._begun = self._last_checkpoint = time.monotonic()
+        self._trained: float | None = None  # when the last step was done
         self._log = RunLog(folder, first_step=self.updates, batch_size=config.batch_size)
 
     def _resume(self) -> None:
@@ -115,6 +116,8 @@ class Run:
         judged = self.is_trained or step % plan.heldout_every == 0
         if judged or step % plan.log_every == 0 or step == 1:
             self._record(step, values, judged=judged)
+        if self.is_trained:
+            self._trained = time.monotonic()
         if self.is_trained or self._checkpoint_is_due(step):
             self.checkpoint()
 
@@ -219,7 +222,8 @@ class Run:
         self._log.flush()
 
     def _seconds(self) -> float:
-        return self._seconds_before + time.monotonic() - self._begun
+        end = time.monotonic() if self._trained is None else self._trained
+        return self._seconds_before + end - self._begun
 
     def _all_waited_s(self) -> float:
         return self._waited_before_s + self._waited_s
