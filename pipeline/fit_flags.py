@@ -65,11 +65,10 @@ def fit_configs(flags: Mapping[str, Any]) -> list[FitConfig]:
     """One config for each combination of the flags that are lists; flags of other things are left
     aside. Raises InputError for values that cannot work."""
     known = {field.name for field in fields(FitConfig)}
-    named = {FIELDS.get(flag, flag): value for flag, value in flags.items()}
     values = {
-        name: _each_once(name, value) if isinstance(value, list) else [value]
-        for name, value in named.items()
-        if name in known
+        FIELDS.get(flag, flag): _each_once(flag, value) if isinstance(value, list) else [value]
+        for flag, value in flags.items()
+        if FIELDS.get(flag, flag) in known
     }
     if "lr" in values:
         values["lr"] = [_learning_rate(value) for value in values["lr"]]

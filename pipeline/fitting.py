@@ -8,7 +8,7 @@ import typer
 from ..stages.fit import default_out, fit
 from ..stages.fit_source import open_to_fit
 from ..stages.fitconfig import FitConfig
-from ..stages.sweep import StoreTask, check_all_ended_well, fit_all, sweep_tasks
+from ..stages.sweep import StoreTask, SweepResult, check_all_ended_well, fit_all, sweep_tasks
 from .tables import run_table
 
 
@@ -35,11 +35,12 @@ def fit_several(
     workers: int | None,
 ) -> None:
     """Fit every config from every store into folders of `root`, and show them side by side."""
-    run_tasks(sweep_tasks(stores, configs, root, follow=follow), root, workers=workers)
+    tasks = sweep_tasks(dict.fromkeys(stores, configs), root, follow=follow)
+    check_all_ended_well(run_tasks(tasks, root, workers=workers))
 
 
-def run_tasks(tasks: Sequence[StoreTask], root: Path, *, workers: int | None) -> None:
-    """Fit, show, and raise InputError that names what failed."""
+def run_tasks(tasks: Sequence[StoreTask], root: Path, *, workers: int | None) -> list[SweepResult]:
+    """Fit what is to go into one folder, and show what came out."""
     results = fit_all(tasks, root, workers=workers, say=say)
     ended = [result.outcome for result in results]
     table = [(each.run.name, each.summary) for each in ended if each.summary is not None]
@@ -49,4 +50,4 @@ def run_tasks(tasks: Sequence[StoreTask], root: Path, *, workers: int | None) ->
             f"The run folders are in {root}, all summaries in {root}/sweep.json, L0 against "
             f"explained variance in {root}/sweep.png."
         )
-    check_all_ended_well(results)
+    return results

@@ -108,7 +108,7 @@ def fit_many(
     }
     new = [asked.config for asked in todo.values() if asked.is_unfinished()]
     threads = config.threads or (1 if len(new) > 1 else torch.get_num_threads())
-    cores = cores or _cores()
+    cores = cores or usable_cores()
     check_memory(new, store.d_in, device, at_once=max(cores // threads, 1))
     with ExitStack() as locks:
         for asked in todo.values():
@@ -188,7 +188,7 @@ class _Asked:
         )
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """Those that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

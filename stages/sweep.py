@@ -8,7 +8,7 @@ runs/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,24 +46,27 @@ class SweepResult:
 
 
 def sweep_tasks(
-    stores: Sequence[Path], configs: Sequence[FitConfig], root: Path, *, follow: bool = False
+    configs: Mapping[Path, Sequence[FitConfig]], root: Path, *, follow: bool = False
 ) -> list[StoreTask]:
     """What to fit from each store, and where to. Raises InputError where names would be the same.
 
     A run's folder is named as by default, and by whatever else differs between the configs.
     """
+    all_configs = [config for of_store in configs.values() for config in of_store]
     differing = [
         name
-        for name in asdict(configs[0])
-        if name not in _IN_EVERY_NAME and len({repr(getattr(c, name)) for c in configs}) > 1
+        for name in asdict(all_configs[0])
+        if name not in _IN_EVERY_NAME and len({repr(getattr(c, name)) for c in all_configs}) > 1
     ]
-    tasks = []
-    for store in stores:
-        read_manifest(store)  # a name that is mistyped is found now, and not in the night
-        outs = [root / _run_name(store, config, differing) for config in configs]
-        tasks.append(
-            StoreTask(store=store, configs=tuple(configs), outs=tuple(outs), follow=follow)
+    tasks = [
+        StoreTask(
+            store=store,
+            configs=tuple(of_store),
+            outs=tuple(root / _run_name(store, config, differing) for config in of_store),
+            follow=follow,
         )
+        for store, of_store in configs.items()
+    ]
     all_outs = [out for task in tasks for out in task.outs]
     twice = next((out for out in all_outs if all_outs.count(out) > 1), None)
     if twice is not None:
@@ -85,12 +88,15 @@ def fit_all(
     """Fit all SAEs of all stores; writes sweep.json and sweep.png after each store.
 
     workers: processes of this machine that each take a store; None or 1 is this process, store by
-    store. A store that cannot be read does not stop the others. Raises what the only store raises.
+    store. A store that cannot be read does not stop the others: all of its SAEs have that error.
     """
+    for task in tasks:
+        read_manifest(task.store)  # a name that is mistyped is found now, and not in the night
     results: list[SweepResult] = []
     for task, outcomes in _by_store(tasks, workers, say):
         results += [SweepResult(store=task.store, outcome=outcome) for outcome in outcomes]
-        write_report(root, results)
+        if root.is_dir():  # else nothing was begun
+            write_report(root, results)
     return results
 
 
@@ -108,8 +114,6 @@ def _by_store(
         try:
             yield task, fit_store(task, say)
         except SaePipeError as error:
-            if len(tasks) == 1:
-                raise
             yield task, all_failed(task, error)
 
 
@@ -151,8 +155,12 @@ def write_report(root: Path, results: Sequence[SweepResult]) -> None:
 
 
 def check_all_ended_well(results: Sequence[SweepResult]) -> None:
-    """InputError, one sentence that names every SAE that failed, and why."""
+    """InputError, one sentence that names every SAE that failed, and why; or the error that is the
+    same for all."""
     failed = [result.outcome for result in results if result.outcome.error is not None]
+    errors = [outcome.error for outcome in failed if outcome.error is not None]
+    if errors and len(failed) == len(results) and all(each is errors[0] for each in errors):
+        raise errors[0]
     if failed:
         what = "; ".join(f"{outcome.run}: {outcome.error}" for outcome in failed)
         raise InputError(f"{len(failed)} of {len(results)} SAEs failed. {what}")
