@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..stages.fitconfig import DTYPES, FitConfig
+from ..stages.loggers import LOGGERS
 from ..stages.sae import ARCHITECTURES
 from .errors import told_to_the_user
 from .fit_flags import RUNS, check_workers, fit_configs, listed, paths
@@ -151,6 +152,19 @@ def fit(
         int | None,
         typer.Option(help="Steps between checkpoints, in addition.", rich_help_panel=_RUN),
     ] = None,
+    keep_checkpoints: Annotated[
+        int,
+        typer.Option(
+            help="How many of the last checkpoints to keep while it runs.", rich_help_panel=_RUN
+        ),
+    ] = FitConfig.keep_checkpoints,
+    log_to: Annotated[
+        str,
+        typer.Option(
+            help=f"Also send the lines of metrics.jsonl to: {', '.join(LOGGERS)}; or a list.",
+            rich_help_panel=_RUN,
+        ),
+    ] = "",
     log_every: Annotated[
         int | None,
         typer.Option(
@@ -199,6 +213,7 @@ def fit(
     for name in ("l0", "d_sae", "seed"):
         flags[name] = listed(name, flags[name], int)
     flags["arch"] = listed("arch", arch, str)
+    flags["log_to"] = tuple(listed("log_to", log_to, str)) if log_to else ()
     stores, configs = paths(store), fit_configs(flags)
     check_workers(workers, len(stores))
     if len(stores) * len(configs) > 1:

@@ -27,6 +27,7 @@ from .fit_loop import train_all
 from .fit_memory import check_memory, memory_is_enough
 from .fit_run import Run, Summary
 from .fitconfig import FitConfig, Schedule
+from .loggers import get_logger
 from .rundir import RunFolder
 from .sae import get_architecture
 from .sae.weights import describe_sae
@@ -42,6 +43,8 @@ _FREE_FIELDS = (
     "heldout_rows",
     "checkpoint_minutes",
     "checkpoint_steps",
+    "keep_checkpoints",
+    "log_to",
 )
 # What SAEs that share a stream have in common: it is read once, in one order, for all of them.
 _SHARED_FIELDS = ("batch_size", "order_seed", "normalise", "dtype", "device", "threads")
@@ -239,6 +242,8 @@ def _check_possible(
             f"k is annealed from d_in down to --l0, but d_in is {d_in} and --l0 {config.k}. "
             "Pass a smaller --l0, or leave out --k-anneal-steps."
         )
+    for name in config.log_to:
+        get_logger(name)
     return config.schedule(n_rows), pick_device(config.device)
 
 

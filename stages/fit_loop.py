@@ -15,11 +15,13 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ..storage import ActivationStore
+from ..storage.disk import human_bytes
 from ..storage.errors import SaePipeError
 from ..storage.unfinished import WaitEnded
 from .batches import TorchBatches
-from .fit_memory import memory_is_enough
+from .fit_memory import forget_peak, memory_is_enough, peak_device_bytes, peak_memory_bytes
 from .fit_run import Run
+from .fitconfig import default_lr_in_words
 from .runlog import SweepBar
 from .stopping import leave, signals_asked
 
@@ -68,12 +70,20 @@ class _Loop:
         return self._stream.device.type == "cpu"
 
     def run(self) -> None:
+        for line in dict.fromkeys(
+            default_lr_in_words(run.config.d_sae) for run in self._live if run.config.lr is None
+        ):
+            self._bar.say(line)
+        forget_peak(self._stream.device)
         with signals_asked() as asked:
             self._store.while_waiting(lambda: bool(asked) or self._is_ending, self._bar.say)
             self._train(asked)
         # A second thread may wait for held-out rows of a store that is followed.
         self._store.while_waiting(lambda: self._is_ending, self._bar.say)
         self._finish(self._live)
+        device_bytes = peak_device_bytes(self._stream.device)
+        on_device = f", {human_bytes(device_bytes)} on the device" if device_bytes else ""
+        self._bar.say(f"peak memory {human_bytes(peak_memory_bytes())}{on_device}")
 
     def _position(self) -> int:
         """The batch to read next: the first that a run still needs."""
@@ -151,6 +161,8 @@ class _Loop:
         for run in ended:
             if run.error is not None and self._live:
                 self._bar.say(f"{run.folder.path} has failed, and the others go on: {run.error}")
+            if run.warning is not None:
+                self._bar.say(run.warning)
         self._each(ended, Run.close)
 
     def close(self) -> None:

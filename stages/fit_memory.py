@@ -3,6 +3,8 @@
 # B rows, D d_in, S d_sae
 """
 
+import resource
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -69,6 +71,23 @@ def _there_bytes(device: torch.device) -> int:
     # What torch keeps of earlier fits of this process counts as used, but can be had.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has held so far, of all that it has done."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes(device: torch.device) -> int | None:
+    """The most that tensors have held on a CUDA device since `forget_peak`; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def forget_peak(device: torch.device) -> None:
+    """Count the peak of a CUDA device anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 @contextmanager

@@ -20,7 +20,9 @@ from ..storage.errors import NonFiniteError, SaePipeError
 from ..storage.files import write_json, write_whole
 from ..storage.unfinished import WaitEnded
 from .curve import draw_curve
+from .fit_memory import peak_device_bytes, peak_memory_bytes
 from .fitconfig import FitConfig, Schedule
+from .loggers import get_logger
 from .metrics import evaluate
 from .rundir import Line, RunFolder, plain
 from .runlog import RunLog, to_numbers
@@ -30,6 +32,7 @@ from .trainer import NEVER, Trainer
 SUMMARY_METRICS = ("explained_variance", "fvu", "mse", "l0", "dead_fraction", "gamma")
 PROGRESS_METRICS = ("explained_variance", "l0", "dead_fraction", "gamma")
 HELDOUT_BATCH_ROWS = 2048
+MANY_DEAD = 0.1  # of the latents, at the end: worth a warning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,8 @@ class Summary:
     seconds: float
     rows_per_s: float
     wait_share: float
+    peak_memory_bytes: int | None = None
+    peak_device_bytes: int | None = None
 
 
 class Run:
@@ -77,13 +82,22 @@ class Run:
         self.norm_factor = norm_factor
         self.error: SaePipeError | None = None
         self.summary: Summary | None = None
+        self.warning: str | None = None  # when it is complete
         self.line: Line | None = None  # the last that was logged
         self._seconds_before = self._waited_before_s = self._waited_s = 0.0
         self._checkpointed_step: int | None = None
         self._resume()
         self._begun = self._last_checkpoint = time.monotonic()
         self._trained: float | None = None  # when the last step was done
-        self._log = RunLog(folder, first_step=self.updates, batch_size=config.batch_size)
+        self._log = RunLog(
+            folder,
+            first_step=self.updates,
+            batch_size=config.batch_size,
+            loggers=[
+                get_logger(name)(folder.path, folder.recipe(), self.updates)
+                for name in config.log_to
+            ],
+        )
 
     def _resume(self) -> None:
         saved = self.folder.read_checkpoint()
@@ -139,7 +153,9 @@ class Run:
         self._check_finite(*self.trainer.sae.parameters())
         self._log.flush(durably=True)
         progress = {"step": step, "seconds": self._seconds(), "waited_s": self._all_waited_s()}
-        self.folder.write_checkpoint(self.trainer.state_dict(), progress)
+        self.folder.write_checkpoint(
+            self.trainer.state_dict(), progress, keep=self.config.keep_checkpoints
+        )
         self._checkpointed_step, self._last_checkpoint = step, time.monotonic()
 
     def _check_finite(self, *values: torch.Tensor) -> None:
@@ -207,19 +223,33 @@ class Run:
             seconds=round(seconds, 3),
             rows_per_s=round(plan.tokens / max(seconds, 1e-9), 1),
             wait_share=round(waited_s / max(seconds, 1e-9), 5),
+            peak_memory_bytes=peak_memory_bytes(),
+            peak_device_bytes=peak_device_bytes(self.trainer.device),
             **metrics,
         )
         write_weights(sae, self.folder.path)
-        curve = draw_curve(self.folder.read_metrics(), f"{summary.run} ({config.arch})")
+        lines = self.folder.read_metrics()
+        curve = draw_curve(lines, f"{summary.run} ({config.arch})")
         write_whole(self.folder.path / "curve.png", curve)
         write_json(self.folder.summary_file, asdict(summary))
         self.folder.remove_checkpoint()
+        self.warning = self._about_dead(lines)
         self.summary = summary
+
+    def _about_dead(self, lines: list[Line]) -> str | None:
+        dead, d_sae = (lines[-1].get("dead") if lines else None) or 0, self.config.d_sae
+        if dead <= MANY_DEAD * d_sae:
+            return None
+        return (
+            f"Warning: {dead:.0f} of {d_sae} latents of {self.folder.path} ({dead / d_sae:.0%}) "
+            f"have not fired for {self.schedule.dead_after_tokens:,} tokens. A smaller --d-sae, "
+            "more --tokens or a larger --auxk-coefficient leaves fewer dead."
+        )
 
     def close(self) -> None:
         """Write the lines that are left, and give the memory back."""
         self.__dict__.pop("trainer", None)
-        self._log.flush()
+        self._log.close()
 
     def _seconds(self) -> float:
         end = time.monotonic() if self._trained is None else self._trained

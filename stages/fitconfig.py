@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from ..storage.errors import InputError
+from .loggers import check_loggers
 from .sae import ARCHITECTURES
 from .sae.groups import group_sizes
 
@@ -50,6 +51,7 @@ class FitConfig:
         heldout_every: steps between held-out evaluations; None is ten a run. heldout_rows: how many
             rows each of them uses (the summary uses all).
         checkpoint_minutes, checkpoint_steps: how often to checkpoint; steps, if given, in addition.
+        keep_checkpoints: how many of the last. log_to: names of LOGGERS, beside metrics.jsonl.
 
     None for warmup_steps, threshold_start, threshold_beta and dead_after_tokens is the reference
     value (1000 steps, 1000 steps, 0.999, 10,000,000 tokens), made smaller for runs too short for
@@ -95,6 +97,8 @@ class FitConfig:
     heldout_rows: int = 4096
     checkpoint_minutes: float = 5.0
     checkpoint_steps: int | None = None
+    keep_checkpoints: int = 1
+    log_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises InputError for values that can never work, whatever the store."""
@@ -119,6 +123,7 @@ class FitConfig:
             ("--heldout-rows", self.heldout_rows, 0),
             ("--checkpoint-steps", self.checkpoint_steps, 1),
             ("--threads", self.threads, 1),
+            ("--keep-checkpoints", self.keep_checkpoints, 1),
         ):
             if value is not None and value < least:
                 raise InputError(f"{flag} must be at least {least}, not {value}.")
@@ -133,6 +138,7 @@ class FitConfig:
                 "every latent is not sparse. Pass a smaller --l0."
             )
         self._check_floats()
+        check_loggers(self.log_to)
         if self.arch == "matryoshka":
             group_sizes(self.group_fractions, self.d_sae)
             if self.group_weights is not None and len(self.group_weights) != len(
@@ -178,7 +184,7 @@ class FitConfig:
         schedule = Schedule(
             steps=steps,
             tokens=steps * self.batch_size,
-            lr=2e-4 / math.sqrt(self.d_sae / 2**14) if self.lr is None else self.lr,
+            lr=default_lr(self.d_sae) if self.lr is None else self.lr,
             warmup_steps=_given_or(self.warmup_steps, min(1000, steps // 20)),
             # A hair is added because 0.29 * 100 is 28.999999999999996.
             decay_start_step=int(self.decay_start * steps + 1e-9),
@@ -194,6 +200,17 @@ class FitConfig:
         )
         schedule.check()
         return schedule
+
+
+def default_lr(d_sae: int) -> float:
+    """The reference's rule: larger dictionaries learn more slowly."""
+    return 2e-4 / math.sqrt(d_sae / 2**14)
+
+
+def default_lr_in_words(d_sae: int) -> str:
+    """The rule with its value, as it is printed: lr 4e-4 = 2e-4 / sqrt(d_sae / 2^14)."""
+    mantissa, exponent = f"{default_lr(d_sae):.2e}".split("e")
+    return f"lr {float(mantissa):g}e{int(exponent)} = 2e-4 / sqrt(d_sae / 2^14), d_sae {d_sae}"
 
 
 def _given_or(value: int | None, default: int) -> int:

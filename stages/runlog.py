@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .loggers.base import Logger
 from .progress import progress
 from .rundir import Line, RunFolder
 
@@ -27,9 +28,16 @@ def to_numbers(values: Mapping[str, Tensor | float]) -> dict[str, float]:
 class RunLog:
     """Collects the lines of one run and writes them in batches."""
 
-    def __init__(self, folder: RunFolder, *, first_step: int, batch_size: int) -> None:
-        """first_step: updates done before."""
-        self._folder, self._batch_size = folder, batch_size
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        first_step: int,
+        batch_size: int,
+        loggers: Sequence[Logger] = (),
+    ) -> None:
+        """first_step: updates done before; loggers: are given every line, too."""
+        self._folder, self._batch_size, self._loggers = folder, batch_size, list(loggers)
         self._lines: list[Line] = []
         self._written = self._previous = time.monotonic()
         self._previous_step, self._previous_waited_s = first_step, 0.0
@@ -53,9 +61,30 @@ class RunLog:
         }
         self._previous, self._previous_step, self._previous_waited_s = now, step, waited_s
         self._lines.append(line)
+        self._tell(line)
         if now - self._written > _WRITE_EVERY_S:
             self.flush()
         return line
+
+    def _tell(self, line: Line) -> None:
+        values = {name: value for name, value in line.items() if name != "step"}
+        for logger in list(self._loggers):
+            try:
+                logger.log(line["step"], values)
+            except Exception as error:  # noqa: BLE001 - a service that is down ends no fit
+                self._loggers.remove(logger)
+                name = type(logger).__name__
+                print(
+                    f"{self._folder.path}: {name} is left out from here on: {error}",
+                    file=sys.stderr,
+                )
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.flush()
+        for logger in self._loggers:
+            logger.close()
+        self._loggers = []
 
     def flush(self, *, durably: bool = False) -> None:
         """Put all lines into the file; durably: even if the power is cut."""
