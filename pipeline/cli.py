@@ -13,6 +13,7 @@ from .cli_fit import fit
 from .cli_harvest import harvest
 from .cli_inspect import inspect
 from .cli_store import app as store
+from .cli_sweep import sweep
 
 app = typer.Typer(
     name="sae-pipe",
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command("harvest")(harvest)
 app.command("fit")(fit)
+app.command("sweep")(sweep)
 app.command("inspect")(inspect)
 app.command("demo")(demo)
 app.add_typer(store, name="store")

@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from ..stages.fitconfig import DTYPES, FitConfig
+from ..stages.loggers import LOGGERS
 from ..stages.sae import ARCHITECTURES
 from ..storage.order import OPEN_SHARDS
 from .errors import told_to_the_user
+from .fit_flags import RUNS, check_workers, fit_configs, listed, paths
 
 _SAE, _LENGTH, _RECIPE, _RUN = "The SAE", "How long", "Recipe", "How it runs"
 
@@ -16,21 +18,36 @@ _SAE, _LENGTH, _RECIPE, _RUN = "The SAE", "How long", "Recipe", "How it runs"
 @told_to_the_user
 def fit(
     store: Annotated[
-        Path, typer.Option(help="The activation store to fit from.", rich_help_panel=_SAE)
+        list[str],
+        typer.Option(
+            help="The activation store to fit from; several times, or a list with commas, for SAEs "
+            "from each.",
+            rich_help_panel=_SAE,
+        ),
     ],
     l0: Annotated[
-        int, typer.Option(help="Active latents a row to aim at (k).", rich_help_panel=_SAE)
-    ],
+        str | None,
+        typer.Option(
+            help="Active latents a row to aim at (k); a list such as 20,40,80 for an SAE each. "
+            "Needed unless --sparsity is given.",
+            rich_help_panel=_SAE,
+        ),
+    ] = None,
     arch: Annotated[
-        str, typer.Option(help=f"One of {', '.join(sorted(ARCHITECTURES))}.", rich_help_panel=_SAE)
+        str,
+        typer.Option(
+            help=f"One of {', '.join(sorted(ARCHITECTURES))}; or a list.", rich_help_panel=_SAE
+        ),
     ] = "matryoshka",
     d_sae: Annotated[
-        int, typer.Option(help="Number of latents.", rich_help_panel=_SAE)
-    ] = FitConfig.d_sae,
+        str, typer.Option(help="Number of latents; or a list.", rich_help_panel=_SAE)
+    ] = str(FitConfig.d_sae),
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The run folder. Default: runs/STORE-ARCH-l0_L0-seedSEED.", rich_help_panel=_RUN
+            help="The run folder. Default: runs/STORE-ARCH-l0_L0-seedSEED. Of several SAEs: the "
+            "folder of their run folders. Default: runs.",
+            rich_help_panel=_RUN,
         ),
     ] = None,
     tokens: Annotated[
@@ -48,11 +65,12 @@ def fit(
         int, typer.Option(help="Rows a step.", rich_help_panel=_LENGTH)
     ] = FitConfig.batch_size,
     lr: Annotated[
-        float | None,
+        str,
         typer.Option(
-            help="Peak learning rate. Default: 2e-4 / sqrt(d_sae / 2**14).", rich_help_panel=_RECIPE
+            help="Peak learning rate; auto is the architecture's (docs/recipes.md).",
+            rich_help_panel=_RECIPE,
         ),
-    ] = None,
+    ] = "auto",
     warmup_steps: Annotated[
         int | None,
         typer.Option(
@@ -97,8 +115,74 @@ def fit(
         ),
     ] = FitConfig.decay_start,
     grad_clip: Annotated[
-        float, typer.Option(help="Largest total norm of the gradient.", rich_help_panel=_RECIPE)
-    ] = FitConfig.grad_clip,
+        float | None,
+        typer.Option(
+            help="Largest total norm of the gradient; 0 never clips. Default: the architecture's.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            "--sparsity",
+            "--l1",
+            help="Coefficient of the sparsity term of relu, gated, p_anneal and jumprelu, which "
+            "then stays. Default: it is led to --l0.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    sparsity_warmup_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps over which the sparsity term rises. Default: 2000, or a tenth of the steps "
+            "if fewer.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    decoder_norm: Annotated[
+        str,
+        typer.Option(
+            help="Of relu: unit, or free for the variant of April 2024.", rich_help_panel=_RECIPE
+        ),
+    ] = FitConfig.decoder_norm,
+    resample_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Of relu: steps between resamplings of dead latents. Default: never.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    multi_topk: Annotated[
+        float,
+        typer.Option(
+            help="Of topk: weight of the loss with four times as many latents (the paper: 0.125).",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = FitConfig.multi_topk,
+    bandwidth: Annotated[
+        float,
+        typer.Option(help="Of jumprelu: width of the kernel.", rich_help_panel=_RECIPE),
+    ] = FitConfig.bandwidth,
+    p_end: Annotated[
+        float,
+        typer.Option(help="Of p_anneal: where p falls to.", rich_help_panel=_RECIPE),
+    ] = FitConfig.p_end,
+    anneal_start: Annotated[
+        int | None,
+        typer.Option(
+            help="Of p_anneal: the step at which p begins to fall. Default: 10,000, or a quarter of "
+            "the steps if fewer.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    reference: Annotated[
+        bool,
+        typer.Option(
+            "--reference",
+            help="Do as the reference trainers do where we differ on purpose (docs/recipes.md).",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = False,
     threshold_beta: Annotated[
         float | None,
         typer.Option(
@@ -107,14 +191,37 @@ def fit(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Of initial weights and row order.", rich_help_panel=_RUN)
-    ] = FitConfig.seed,
+        str, typer.Option(help="Of initial weights; or a list.", rich_help_panel=_RUN)
+    ] = str(FitConfig.seed),
+    order_seed: Annotated[
+        int,
+        typer.Option(
+            help="Of the order of rows, which SAEs that are fitted together share.",
+            rich_help_panel=_RUN,
+        ),
+    ] = FitConfig.order_seed,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads of a step. Default: all for one SAE; 1 for each of several, which "
+            "step side by side.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.", rich_help_panel=_RUN)
     ] = FitConfig.device,
     dtype: Annotated[
         str, typer.Option(help=f"Of the products: {', '.join(DTYPES)}.", rich_help_panel=_RUN)
     ] = FitConfig.dtype,
+    selection: Annotated[
+        str,
+        typer.Option(
+            "--select",
+            help="exact; or bf16: choose latents by bfloat16 products, compute them in float32.",
+            rich_help_panel=_RUN,
+        ),
+    ] = FitConfig.selection,
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Minutes between checkpoints.", rich_help_panel=_RUN)
     ] = FitConfig.checkpoint_minutes,
@@ -122,6 +229,19 @@ def fit(
         int | None,
         typer.Option(help="Steps between checkpoints, in addition.", rich_help_panel=_RUN),
     ] = None,
+    keep_checkpoints: Annotated[
+        int,
+        typer.Option(
+            help="How many of the last checkpoints to keep while it runs.", rich_help_panel=_RUN
+        ),
+    ] = FitConfig.keep_checkpoints,
+    log_to: Annotated[
+        str,
+        typer.Option(
+            help=f"Also send the lines of metrics.jsonl to: {', '.join(LOGGERS)}; or a list.",
+            rich_help_panel=_RUN,
+        ),
+    ] = "",
     log_every: Annotated[
         int | None,
         typer.Option(
@@ -150,46 +270,34 @@ def fit(
             help="Held-out rows of each of them; the summary uses all.", rich_help_panel=_RUN
         ),
     ] = FitConfig.heldout_rows,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Of several stores: processes that take one store each, on a GPU each where there "
+            "are GPUs. Default: this process, store by store.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
 ) -> None:
-    """Fit a sparse autoencoder from a store.
+    """Fit sparse autoencoders from a store: one, or every combination of lists.
 
-    The same command goes on with a run that was interrupted, to the same weights. Of a store that
-    is unfinished it takes the shards that are sealed now, and keeps to those.
+    SAEs of one store are fitted together, from one stream of its rows. The same command goes on
+    with what was interrupted, to the same weights. Of a store that is unfinished it takes the
+    shards that are sealed now, and keeps to those.
     """
+    flags = dict(locals())
     # Torch takes seconds to import: a flag that cannot work is refused before that.
-    config = FitConfig(
-        arch=arch,
-        k=l0,
-        d_sae=d_sae,
-        tokens=tokens,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        warmup_steps=warmup_steps,
-        auxk_coefficient=auxk_coefficient,
-        dead_after_tokens=dead_after_tokens,
-        threshold_start=threshold_start,
-        k_anneal_steps=k_anneal_steps,
-        decay_start=decay_start,
-        grad_clip=grad_clip,
-        threshold_beta=threshold_beta,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        checkpoint_minutes=checkpoint_minutes,
-        checkpoint_steps=checkpoint_steps,
-        log_every=log_every,
-        heldout_every=heldout_every,
-        heldout_rows=heldout_rows,
-    )
-    from ..stages.fit import default_out
-    from ..stages.fit import fit as run
-    from ..stages.fit_source import open_to_fit
+    for name in ("l0", "d_sae", "seed"):
+        flags[name] = None if flags[name] is None else listed(name, flags[name], int)
+    flags["arch"] = listed("arch", arch, str)
+    flags["log_to"] = tuple(listed("log_to", log_to, str)) if log_to else ()
+    stores, configs = paths(store), fit_configs(flags)
+    check_workers(workers, len(stores))
+    if len(stores) * len(configs) > 1:
+        from .fitting import fit_several
 
-    folder = Path(default_out(store, config)) if out is None else out
-    opened = open_to_fit(store, folder, follow=follow, say=lambda s: typer.echo(s, err=True))
-    summary = run(opened, config, folder)
-    from .tables import run_table
+        fit_several(stores, configs, out or RUNS, follow=follow, workers=workers)
+        return
+    from .fitting import fit_one
 
-    typer.echo(run_table([(str(folder), summary)]))
-    typer.echo(f"Weights, curve and metrics are in {folder}.")
+    fit_one(stores[0], configs[0], out, follow=follow)

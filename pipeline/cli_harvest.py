@@ -1,13 +1,15 @@
 """sae-pipe harvest"""
 
 import math
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..stages.dedup import DEDUPS
-from ..stages.harvest_config import DEFAULT_BLOCK_BYTES
+from ..stages.harvest_config import DEFAULT_BLOCK_BYTES, HarvestConfig
 from ..stages.taps import DEFAULT_HOOK, HOOKS
 from ..storage.codecs import CODECS
 from ..storage.values import VALUE_TYPES
@@ -212,44 +214,33 @@ def harvest(
     Without --tokens and --dataset it is the paper's recipe: 500 million tokens of Pile-CC. The same
     command goes on with a store that was interrupted.
     """
+    flags = dict(locals())
     from ..stages.harvest import harvest as run
-    from ..stages.harvest_config import HarvestConfig
+
+    run(harvest_config(flags), say=typer.echo, dry_run=dry_run)
+
+
+def harvest_config(flags: Mapping[str, Any]) -> HarvestConfig:
+    """The flags of `sae-pipe harvest`, by the names of its parameters, as one configuration."""
     from ..stages.sources import TextConfig
 
     text = TextConfig(
-        dataset=dataset,
-        text_column=text_column,
-        split=split,
-        filter=filter,
-        revision=dataset_revision,
+        dataset=flags["dataset"],
+        text_column=flags["text_column"],
+        split=flags["split"],
+        filter=flags["filter"],
+        revision=flags["dataset_revision"],
     )
-    config = HarvestConfig(
-        model=model,
-        layers=tuple(layer),
-        mask_p=tuple(mask_p),
-        out=out,
-        revision=revision,
-        hook=hook,
+    same = {
+        name: flags[name] for name in flags.keys() & {field.name for field in fields(HarvestConfig)}
+    }
+    same["mask_p"] = tuple(same["mask_p"])
+    return HarvestConfig(
+        **same,
+        layers=tuple(flags["layer"]),
         text=text,
-        dedup=dedup,
-        context_size=context_size,
-        pack=pack,
-        mask_string=mask_string,
-        drop_masked=drop_masked,
-        keep_first=keep_first,
-        tokens=tokens,
-        heldout_tokens=heldout_tokens,
-        seed=seed,
-        codec=codec,
-        store_dtype=store_dtype,
-        device=device,
-        dtype=dtype,
-        batch_contexts=batch_contexts,
-        block_bytes=whole_bytes(block_gb),
-        workers=workers,
-        scheduler=scheduler,
+        block_bytes=whole_bytes(flags["block_gb"]),
     )
-    run(config, say=typer.echo, dry_run=dry_run)
 
 
 def whole_bytes(gigabytes: float) -> int:

@@ -1,6 +1,7 @@
 """curve.png: loss, explained variance, L0 and dead latents over the steps of a run."""
 
 import io
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +25,16 @@ PANELS = (
 )
 
 
+_DRAWING = threading.Lock()  # matplotlib is not made for threads, and SAEs of a sweep end together
+
+
 def draw_curve(lines: Sequence[dict[str, Any]], title: str) -> bytes:
     """PNG of the lines of metrics.jsonl."""
+    with _DRAWING:
+        return _draw(lines, title)
+
+
+def _draw(lines: Sequence[dict[str, Any]], title: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -3,7 +3,9 @@
 # B rows, D d_in, S d_sae
 """
 
-from collections.abc import Iterator
+import resource
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,25 +18,51 @@ from .fitconfig import FitConfig
 
 
 def needed_bytes(config: FitConfig, d_in: int) -> int:
-    """The least that a step holds: each of the 2 D S weights as itself, gradient and two moments,
-    and (B, S) twice, as candidates and as latents."""
-    weight_bytes = 8 if config.dtype == "float64" else 4
-    activation_bytes = 2 if config.dtype == "bfloat16" else weight_bytes
-    of_weights = 4 * weight_bytes * 2 * d_in * config.d_sae
-    return of_weights + 2 * activation_bytes * config.batch_size * config.d_sae
+    """The least that a step holds: weights with gradient and moments, and activations."""
+    return _of_weights(config, d_in) + _of_activations(config)
 
 
-def check_memory(config: FitConfig, d_in: int, device: torch.device) -> None:
-    """InputError when even the least that a fit needs is more than there is."""
-    needed, there = needed_bytes(config, d_in), _there_bytes(device)
-    if needed > there:
-        where = f"{device} has free" if device.type == "cuda" else "this machine has"
-        raise InputError(
-            f"--d-sae {config.d_sae} and --batch-size {config.batch_size} at d_in {d_in} need at "
-            f"least {human_bytes(needed)} of memory for weights, gradients, Adam's moments and "
-            f"activations, but {where} {human_bytes(there)}. "
-            "Pass a smaller --d-sae or --batch-size."
-        )
+def _of_weights(config: FitConfig, d_in: int) -> int:
+    """Each of the 2 D S weights as itself, gradient and two moments."""
+    return 4 * (8 if config.dtype == "float64" else 4) * 2 * d_in * config.d_sae
+
+
+def _of_activations(config: FitConfig) -> int:
+    """(B, S) twice, as candidates and as latents."""
+    value_bytes = {"float64": 8, "bfloat16": 2}.get(config.dtype, 4)
+    return 2 * value_bytes * config.batch_size * config.d_sae
+
+
+def sweep_bytes(configs: Sequence[FitConfig], d_in: int, at_once: int) -> int:
+    """The least that SAEs hold that are fitted together: the weights of all, and the activations of
+    those that step at the same time."""
+    activations = sorted(map(_of_activations, configs), reverse=True)
+    return sum(_of_weights(config, d_in) for config in configs) + sum(activations[:at_once])
+
+
+def check_memory(
+    configs: Sequence[FitConfig], d_in: int, device: torch.device, *, at_once: int = 1
+) -> None:
+    """InputError when even the least that the SAEs need is more than there is.
+
+    at_once: how many of them step at the same time, which only a CPU does.
+    """
+    at_once = at_once if device.type == "cpu" else 1
+    needed, there = sweep_bytes(configs, d_in, at_once), _there_bytes(device)
+    if needed <= there:
+        return
+    d_sae = max(config.d_sae for config in configs)
+    flags = f"--d-sae {d_sae} and --batch-size {configs[0].batch_size}"
+    what = f"{flags} at d_in {d_in}"
+    advice = "Pass a smaller --d-sae or --batch-size."
+    if len(configs) > 1:
+        what = f"{len(configs)} SAEs together, with {flags} at d_in {d_in},"
+        advice = "Fit fewer at once, or pass a smaller --d-sae or --batch-size."
+    where = f"{device} has free" if device.type == "cuda" else "this machine has"
+    raise InputError(
+        f"{what} need at least {human_bytes(needed)} of memory for weights, gradients, Adam's "
+        f"moments and activations, but {where} {human_bytes(there)}. {advice}"
+    )
 
 
 def _there_bytes(device: torch.device) -> int:
@@ -43,6 +71,23 @@ def _there_bytes(device: torch.device) -> int:
     # What torch keeps of earlier fits of this process counts as used, but can be had.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has held so far, of all that it has done."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes(device: torch.device) -> int | None:
+    """The most that tensors have held on a CUDA device since `forget_peak`; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def forget_peak(device: torch.device) -> None:
+    """Count the peak of a CUDA device anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 @contextmanager

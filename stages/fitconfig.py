@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from ..storage.errors import InputError
+from .loggers import check_loggers
 from .sae import ARCHITECTURES
 from .sae.groups import group_sizes
 from .sae.recipe import DECODER_NORMS, SPARSITY_NORMS, Recipe
@@ -52,9 +53,12 @@ class FitConfig:
             estimated, and how much of it each step keeps.
     Numbers:
         normalise: divide rows by the root of the store's mean squared norm; the factor is folded
-            into the saved weights. seed: of the initial weights and of the order of rows.
+            into the saved weights. seed: of the initial weights; order_seed: of the order of rows,
+            which SAEs of several seeds share.
         device: auto, cpu, cuda, cuda:N, mps. dtype: float32; tf32 and bfloat16 for the products
-            only, with float32 weights; float64 for checks.
+            only, with float32 weights; float64 for checks. threads: torch's in a step on a CPU,
+            which sums may depend on; None is all for one SAE and 1 for several, or what the run was
+            begun with.
         selection: "exact", or "bf16" to choose latents by bfloat16 products and compute the chosen
             ones in float32; dtype bfloat16 does that and its other products in bfloat16.
         reference: do as the reference trainers do where we differ on purpose (docs/recipes.md).
@@ -63,6 +67,7 @@ class FitConfig:
         heldout_every: steps between held-out evaluations; None is ten a run. heldout_rows: how many
             rows each of them uses (the summary uses all).
         checkpoint_minutes, checkpoint_steps: how often to checkpoint; steps, if given, in addition.
+        keep_checkpoints: how many of the last. log_to: names of LOGGERS, beside metrics.jsonl.
 
     None for warmup_steps, threshold_start, threshold_beta, dead_after_tokens, sparsity_warmup_steps
     and anneal_start is the reference value (1000 steps, 1000 steps, 0.999, 10,000,000 tokens, 2000
@@ -115,6 +120,8 @@ class FitConfig:
 
     normalise: bool = True
     seed: int = 0
+    order_seed: int = 0
+    threads: int | None = None
     device: str = "auto"
     dtype: str = "float32"
     selection: str = "exact"
@@ -125,6 +132,8 @@ class FitConfig:
     heldout_rows: int = 4096
     checkpoint_minutes: float = 5.0
     checkpoint_steps: int | None = None
+    keep_checkpoints: int = 1
+    log_to: tuple[str, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -166,13 +175,16 @@ class FitConfig:
             ("--anneal-end", self.anneal_end, 1),
             ("--resample-steps", self.resample_steps, 1),
             ("--k-aux", self.k_aux, 1),
+            ("--threads", self.threads, 1),
+            ("--keep-checkpoints", self.keep_checkpoints, 1),
         ):
             if value is not None and value < least:
                 raise InputError(f"{flag} must be at least {least}, not {value}.")
             if value is not None and value >= _TOO_LARGE:
                 raise InputError(f"{flag} must be below 2**63, not {value}.")
-        if not 0 <= self.seed < _TOO_LARGE:
-            raise InputError(f"--seed is {self.seed}, and has to be from 0 to 2**63 - 1.")
+        for flag, seed in (("--seed", self.seed), ("--order-seed", self.order_seed)):
+            if not 0 <= seed < _TOO_LARGE:
+                raise InputError(f"{flag} is {seed}, and has to be from 0 to 2**63 - 1.")
         self._check_sparsity()
         if self.k is not None and self.k >= self.d_sae:
             raise InputError(
@@ -180,6 +192,7 @@ class FitConfig:
                 "every latent is not sparse. Pass a smaller --l0."
             )
         self._check_floats()
+        check_loggers(self.log_to)
         if self.arch == "matryoshka":
             group_sizes(self.group_fractions, self.d_sae)
             if self.group_weights is not None and len(self.group_weights) != len(
@@ -221,14 +234,18 @@ class FitConfig:
                 "active latents and has no sparsity term. Leave it out."
             )
         if self.k is None and (keeps_k or self.arch == "jumprelu" or self.sparsity is None):
-            also = "" if keeps_k or self.arch == "jumprelu" else ", or a coefficient with --sparsity"
+            also = (
+                "" if keeps_k or self.arch == "jumprelu" else ", or a coefficient with --sparsity"
+            )
             raise InputError(f"{self.arch} needs to know the L0 to reach: pass --l0{also}.")
         for flag, value, arch in (
             ("--resample-steps", self.resample_steps, "relu"),
             ("--k-anneal-steps", self.k_anneal_steps, None),
         ):
             if value is not None and (self.arch != arch if arch else not keeps_k):
-                users = [arch] if arch else [n for n, a in ARCHITECTURES.items() if a.recipe.keeps_k]
+                users = (
+                    [arch] if arch else [n for n, a in ARCHITECTURES.items() if a.recipe.keeps_k]
+                )
                 raise InputError(
                     f"{flag} is for {', '.join(users)}, and this is {self.arch}. Leave it out."
                 )
@@ -280,6 +297,15 @@ class FitConfig:
         )
         schedule.check()
         return schedule
+
+
+def default_lr_in_words(config: FitConfig) -> str:
+    """Where the learning rate comes from: lr 4e-4 = 2e-4 / sqrt(d_sae / 2^14), d_sae 4096."""
+    mantissa, exponent = f"{config.recipe.learning_rate(config.d_sae):.2e}".split("e")
+    value = f"lr {float(mantissa):g}e{int(exponent)}"
+    if config.recipe.lr is not None:
+        return f"{value}, the default of {config.arch}"
+    return f"{value} = 2e-4 / sqrt(d_sae / 2^14), d_sae {config.d_sae}"
 
 
 def _given_or(value: int | None, default: int) -> int:

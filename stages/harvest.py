@@ -35,10 +35,12 @@ from .harvest_job import HarvestJob, resolve
 from .harvest_plan import make_plan
 from .harvest_run import Crew, OneProcess, Pass, encode_threads
 from .harvest_workers import ManyWorkers
+from .plan import Plan
 from .progress import progress
 from .row_map import KeepRule, RowMap
 
 Say = Callable[[str], None]
+Planned = Callable[[Plan], object]
 Builders = dict[Target, StoreBuilder]
 RowMaps = tuple[RowMap, RowMap]  # training rows, held-out rows
 
@@ -49,10 +51,11 @@ def harvest(
     say: Say = print,
     show_progress: bool = True,
     dry_run: bool = False,
+    planned: Planned = lambda plan: None,
 ) -> list[Path]:
     """Make the stores that `config` asks for, or go on with them; returns their paths.
 
-    Raises InputError, StoreError, DiskError, NetworkError and NonFiniteError, each one sentence for
+    planned: told the plan of the stores that are not laid out yet, before it is checked. Raises InputError, StoreError, DiskError, NetworkError and NonFiniteError, each one sentence for
     the user. Whatever stops it, the same call goes on where it stopped, to the same bytes.
     """
     wanted = targets(config)
@@ -71,7 +74,7 @@ def harvest(
                 todo.append(target)
         if todo:
             unfinished = {t: builders[t] for t in todo if t in builders}
-            _harvest(config, todo, unfinished, locks, say, show_progress, dry_run)
+            _harvest(config, todo, unfinished, locks, say, show_progress, dry_run, planned)
     return [target.path for target in wanted]
 
 
@@ -83,10 +86,11 @@ def _harvest(
     say: Say,
     show_progress: bool,
     dry_run: bool,
+    planned: Planned,
 ) -> None:
     with ExitStack() as processes:  # workers end before the stores' locks are given up
         job, crew = _job_and_crew(config, todo, builders, processes, say)
-        _do(job, crew, todo, builders, locks, say, show_progress, dry_run)
+        _do(job, crew, todo, builders, locks, say, show_progress, dry_run, planned)
 
 
 def _job_and_crew(
@@ -121,11 +125,13 @@ def _do(
     say: Say,
     show_progress: bool,
     dry_run: bool,
+    planned: Planned,
 ) -> None:
     new = [t for t in todo if t not in builders or builders[t].state == TOKENISING]
     execution: dict[str, Any] = {}
     if new:
         plan, execution = make_plan(job, crew, new)
+        planned(plan)
         for line in plan.lines():
             say(line)
         plan.check_disk()

@@ -2,7 +2,7 @@
 
     config.json          the recipe with everything resolved, the store's digest, the SAE's shape
     metrics.jsonl        one JSON object a line, each step at most once, in order
-    checkpoint/          checkpoint.json names the newest state-STEP.safetensors; gone at the end
+    checkpoint/          checkpoint.json names the last state-STEP.safetensors; gone at the end
     sae.safetensors      the weights, on raw activations
     curve.png            the training curves
     summary.json         written last: a run that has one is complete
@@ -101,6 +101,13 @@ class RunFolder:
         }
         write_json(self.config_file, config)
 
+    def recipe(self) -> dict[str, Any]:
+        """What decides the weights of the run that was begun here; empty when none was."""
+        if not self.config_file.is_file():
+            return {}
+        found = read_config(self.path).get("recipe")
+        return found if isinstance(found, dict) else {}
+
     def check_same(self, recipe: dict[str, Any]) -> None:
         """InputError that shows the difference when config.json is there with another recipe.
 
@@ -109,8 +116,7 @@ class RunFolder:
         if not self.config_file.is_file():
             return
         wanted = json.loads(json.dumps(recipe))  # tuples become lists, as they come back
-        found = read_config(self.path).get("recipe")
-        found = found if isinstance(found, dict) else {}
+        found = self.recipe()
         differing = [
             f"{name}={found.get(name)!r} there and {wanted.get(name)!r} here"
             for name in sorted(found.keys() | wanted.keys())
@@ -128,26 +134,48 @@ class RunFolder:
             return None
         return dict(_load_json(self.summary_file))
 
-    def write_checkpoint(self, state: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
-        """Replace the checkpoint: the new state is whole on disk before the old one goes.
+    def write_checkpoint(
+        self, state: Mapping[str, Tensor], progress: dict[str, Any], *, keep: int = 1
+    ) -> None:
+        """Add a checkpoint: the new state is whole on disk before the oldest one goes.
 
-        progress: plain values that go on with the run; must have `step`. Raises DiskError.
+        progress: plain values that go on with the run; must have `step`. keep: how many of the last
+        stay. Raises DiskError.
         """
         name = f"state-{progress['step']:010d}.safetensors"
         tensors = {key: value.cpu().contiguous() for key, value in state.items()}
         write_whole(self.checkpoint_folder / name, save(tensors, {"format": "pt"}))
-        write_json(self.checkpoint_folder / "checkpoint.json", {"state": name, **progress})
+        older = [each for each in self._checkpoints() if each["step"] < progress["step"]]
+        older = older[: keep - 1]
+        newest = {"state": name, **progress}
+        write_json(
+            self.checkpoint_folder / "checkpoint.json",
+            newest | ({"older": older} if older else {}),
+        )
+        kept = {name, *(each["state"] for each in older)}
         for old in self.checkpoint_folder.glob("state-*.safetensors"):
-            if old.name != name:
+            if old.name not in kept:
                 old.unlink()
 
     def read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest state and its progress; None when there is none yet."""
+        """The newest state whose file is there, and its progress; None when there is none yet.
+
+        So a run goes on from an older checkpoint once the newer files are removed.
+        """
+        found = self._checkpoints()
+        if not found:
+            return None
+        there = (e for e in found if (self.checkpoint_folder / str(e.get("state"))).is_file())
+        progress = next(there, found[0])
+        return read_safetensors(self.checkpoint_folder / str(progress.get("state"))), progress
+
+    def _checkpoints(self) -> list[dict[str, Any]]:
+        """State and progress of those that are kept, the newest first."""
         file = self.checkpoint_folder / "checkpoint.json"
         if not file.is_file():
-            return None
-        progress = dict(_load_json(file))
-        return read_safetensors(self.checkpoint_folder / str(progress.get("state"))), progress
+            return []
+        newest = dict(_load_json(file))
+        return [newest, *newest.pop("older", [])]
 
     def remove_checkpoint(self) -> None:
         """Free the space of a complete run's checkpoint; nothing is lost if that fails."""

@@ -3,20 +3,38 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
+
+_collecting: list[list[int]] = []
+
+
+def ask(number: int) -> None:
+    """Ask what runs in this process to end, as a signal of that number would."""
+    for asked in _collecting:
+        asked.append(number)
 
 
 @contextmanager
 def signals_asked() -> Iterator[list[int]]:
-    """Collect SIGTERM and Ctrl-C instead of dying at once; a second one is obeyed at once."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may set handlers
-        return
+    """Collect SIGTERM and Ctrl-C instead of dying at once; a second one is obeyed at once.
 
+    Only the main thread may set handlers: in another only `ask` can ask.
+    """
+    asked: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    _collecting.append(asked)
+    try:
+        with _handled(asked) if is_main else nullcontext():
+            yield asked
+    finally:
+        _collecting[:] = [each for each in _collecting if each is not asked]
+
+
+@contextmanager
+def _handled(asked: list[int]) -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
         for each, handler in before.items():
@@ -26,15 +44,17 @@ def signals_asked() -> Iterator[list[int]]:
     for each in before:
         signal.signal(each, note)
     try:
-        yield asked
+        yield
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
 
 
-def leave(number: int, run: Path) -> None:
-    """End the process as the signal would have; the checkpoint is written."""
-    print(f"Stopped: {run} goes on from its checkpoint.", file=sys.stderr)
+def leave(number: int, runs: Sequence[Path]) -> None:
+    """End the process as the signal would have; the checkpoints are written."""
+    names = ", ".join(map(str, runs))
+    go_on = "goes on from its checkpoint" if len(runs) == 1 else "go on from their checkpoints"
+    print(f"Stopped: {names} {go_on}.", file=sys.stderr)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

@@ -66,7 +66,7 @@ def answered(function: Callable[..., Any], *arguments: Any) -> Answer:
 
 def report(device: str, spread: bool, digests: Mapping[str, str]) -> WorkerReport:
     """Look at this worker's machine, and whether it sees the stores (path -> rows_digest)."""
-    found = _device(device, spread)
+    found = worker_device(device, spread)
     return WorkerReport(
         host=socket.gethostname(),
         cores=_cores(),
@@ -106,7 +106,8 @@ def _check_store(path: str, digest: str) -> None:
         )
 
 
-def _device(asked: str, spread: bool) -> torch.device:
+def worker_device(asked: str, spread: bool) -> torch.device:
+    """What this worker computes on; spread: worker i takes the i-th GPU of the machine."""
     device = pick_device(asked)
     if spread and device.type == "cuda" and device.index is None:
         from distributed import get_worker
@@ -124,7 +125,7 @@ def _model(spec: ModelSpec) -> HookedModel:
     with _loading:
         if spec not in _models:
             _models.clear()
-            device = _device(spec.device, spec.spread)
+            device = worker_device(spec.device, spec.spread)
             if spec.commit is None and not Path(spec.source).is_dir():
                 raise InputError(
                     f"The worker process on {socket.gethostname()} does not see the model folder "

@@ -128,13 +128,15 @@ def test_the_summary_is_what_the_saved_sae_scores_on_raw_heldout_rows(
     assert (summary["tokens"], summary["steps"]) == (STEPS * 128, STEPS)
 
 
-def ask_to_stop(patch: pytest.MonkeyPatch, *, at: int, number: int) -> None:
-    """Let the signal come during that step of a fit."""
+def ask_to_stop(
+    patch: pytest.MonkeyPatch, *, at: int, number: int, arch: str | None = None
+) -> None:
+    """Let the signal come during that step of a fit, or of the one of that architecture."""
     step = Trainer.step
 
     def step_and_be_asked_to_stop(self: Trainer, batch: torch.Tensor) -> Any:
         values = step(self, batch)
-        if self.updates == at:
+        if self.updates == at and arch in (None, self.config.arch):
             signal.raise_signal(number)
         return values
 
@@ -381,13 +383,17 @@ def test_a_run_of_one_step_still_has_a_threshold(
     assert summary.l0 < 10
 
 
-def test_the_order_of_rows_and_the_weights_follow_the_seed(
+def test_initial_weights_follow_the_seed_and_the_order_of_rows_the_order_seed(
     small_store: ActivationStore, tmp_path: Path
 ) -> None:
-    weights = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        config = replace(CONFIG, epochs=0.25, seed=seed)
+    weights, first_l2 = [], []
+    for name, seed, order_seed in (("a", 0, 0), ("b", 0, 0), ("c", 1, 0), ("d", 0, 1)):
+        config = replace(CONFIG, epochs=0.25, seed=seed, order_seed=order_seed)
         fit(small_store, config, tmp_path / name, show_progress=False)
         weights.append(load_file(tmp_path / name / "sae.safetensors")["W_enc"])
+        first_l2.append(read_lines(tmp_path / name)[0]["l2"])
     assert torch.equal(weights[0], weights[1])
     assert not np.allclose(weights[0], weights[2], atol=0.1)
+    assert not torch.equal(weights[0], weights[3])
+    assert first_l2[0] == first_l2[1]
+    assert len(set(first_l2)) == 3

@@ -8,6 +8,7 @@ parity_cases.py; without it the tests that need them skip.
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -60,6 +61,14 @@ def ours(case: Case, **changes: Any) -> Trainer:
 
 def textbook(case: Case, **changes: Any) -> Textbook:
     return Textbook(replace(case.recipe, **changes), case.start())
+
+
+@pytest.fixture(autouse=True)
+def _float64_by_default() -> Iterator[None]:
+    """Means of p_anneal's queue have torch's default type, as in the reference."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def capture_gradients(trainer: Trainer) -> dict[str, Tensor]:

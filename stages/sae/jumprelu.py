@@ -97,9 +97,7 @@ class JumpRelu(Sae):
             l0=l0.detach(),
         )
 
-    def _near(
-        self, z_V: Tensor, theta_V: Tensor, active_V: Tensor, support: Support
-    ) -> Tensor:
+    def _near(self, z_V: Tensor, theta_V: Tensor, active_V: Tensor, support: Support) -> Tensor:
         """How many entries of each latent the count's kernel sees: (S,)."""
         if not self.reference:
             inside_V = _inside(z_V, theta_V, self.bandwidth)

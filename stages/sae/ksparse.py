@@ -55,7 +55,9 @@ class KSparse(Sae):
         """b_dec becomes the geometric median of the first batch."""
         self.b_dec.copy_(geometric_median(x_BD))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *rest: object
+    ) -> None:
         # The four parameters alone are a whole SAE whose threshold was not estimated yet.
         state_dict.setdefault(f"{prefix}threshold", self.threshold)
         super()._load_from_state_dict(state_dict, prefix, *rest)

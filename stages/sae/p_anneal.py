@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .sparsity import Sparsity
 
 
-
 class PAnneal(Relu):
     """p: of the next pass; next_p: what comes after it, None before annealing begins."""
 

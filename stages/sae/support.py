@@ -238,7 +238,5 @@ class _DecodeAt(torch.autograd.Function):
             value_grad_N = row_dots(grad_bags, bag_N, w_dec_SD, support.latent_N)
         if ctx.needs_input_grad[1]:
             order_N, starts_S = support.by_latent
-            w_grad_SD = weighted_row_sums(
-                grad_bags, bag_N[order_N], values_N[order_N], starts_S
-            )
+            w_grad_SD = weighted_row_sums(grad_bags, bag_N[order_N], values_N[order_N], starts_S)
         return value_grad_N, w_grad_SD, None, None, None

@@ -1,0 +1,111 @@
+"""sae-pipe sweep"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .errors import told_to_the_user
+
+if TYPE_CHECKING:
+    from ..stages.plan import Plan
+    from ..stages.sweep import StoreTask
+    from ..stages.sweep_plan import StoreShape
+    from .sweep_file import FitTable, SweepFile
+
+
+@told_to_the_user
+def sweep(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="TOML with [harvest] and [fit] tables, whose keys are the flags of these commands."
+        ),
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan of harvests and fits, and stop.")
+    ] = False,
+) -> None:
+    """Harvest what is missing, then fit every SAE that a file asks for from every store.
+
+    A list in [fit] gives an SAE for each value; several [[harvest]] or [[fit]] tables may stand in
+    one file. The same command goes on with what was interrupted.
+    """
+    from .sweep_file import read_sweep
+
+    asked = read_sweep(file)
+    if dry_run:
+        _plan(asked)
+        return
+    from ..stages.harvest import harvest
+    from ..stages.sweep import check_all_ended_well
+    from .fitting import run_tasks
+
+    stores = [path for config in asked.harvests for path in harvest(config, say=typer.echo)]
+    results = []
+    for root, tasks in _tasks(asked, stores).items():
+        workers = max(table.workers or 1 for table in asked.fits if table.out == root)
+        results += run_tasks(tasks, root, workers=workers)
+    check_all_ended_well(results)
+
+
+def _tasks(asked: "SweepFile", stores: list[Path]) -> "dict[Path, list[StoreTask]]":
+    """What is fitted into each folder: tables of one folder are one sweep, from one stream."""
+    from ..stages.sweep import sweep_tasks
+
+    tables: dict[Path, list[FitTable]] = {}
+    for table in asked.fits:
+        tables.setdefault(table.out, []).append(table)
+    return {
+        root: sweep_tasks(
+            {
+                store: [
+                    config
+                    for table in of_root
+                    for config in table.configs
+                    if store in (stores if table.stores is None else table.stores)
+                ]
+                for store in _stores_of(of_root, stores)
+            },
+            root,
+        )
+        for root, of_root in tables.items()
+    }
+
+
+def _stores_of(tables: "list[FitTable]", stores: list[Path]) -> list[Path]:
+    named = [
+        path for table in tables for path in (stores if table.stores is None else table.stores)
+    ]
+    return list(dict.fromkeys(named))
+
+
+def _plan(asked: "SweepFile") -> None:
+    """The harvests' own plans, then what the fits will take."""
+    from ..stages.harvest import harvest
+    from ..stages.sweep_plan import StoreShape, plan_lines
+
+    shapes: dict[Path, StoreShape] = {}
+    for config in asked.harvests:
+        plans: list[Plan] = []
+        typer.echo(f"harvest   {config.model}")
+        paths = harvest(config, say=typer.echo, dry_run=True, planned=plans.append)
+        for path in paths:
+            shapes[path] = _shape(path, plans)
+    for root, tasks in _tasks(asked, list(shapes)).items():
+        typer.echo(f"fit       into {root}")
+        fits = [(shapes.get(task.store) or _shape(task.store, []), task.configs) for task in tasks]
+        for line in plan_lines(fits):
+            typer.echo(line)
+
+
+def _shape(path: Path, plans: "list[Plan]") -> "StoreShape":
+    """The sizes of a store: as it is laid out, or else as planned."""
+    from ..stages.sweep_plan import StoreShape
+    from ..storage.manifest import MANIFEST, layout_of, read_manifest
+
+    is_begun = (path / MANIFEST).is_file()
+    if plans and not (is_begun and "train" in read_manifest(path)):
+        return StoreShape(path=path, n_rows=plans[0].rows, d_in=plans[0].d_in)
+    layout = layout_of(read_manifest(path)["train"], path)
+    return StoreShape(path=path, n_rows=layout.n_rows, d_in=layout.d_in)
