@@ -134,6 +134,10 @@ class Cluster:
             pure=False,
         )
 
+    def run_on_all(self, function: Callable[[], None]) -> None:
+        """Call a function in the main thread of every worker process."""
+        self._client.run(function)
+
     def ask(self, address: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """What one worker answers; raises the error that it met."""
         return self._wait(address, self.submit(address, function, *arguments)).get()

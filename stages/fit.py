@@ -96,8 +96,7 @@ def fit_many(
     gone on with by `fit`. Complete ones are left as they are. One that fails (NaN, a folder that is
     not a run of this configuration, a disk error) does not stop the others: its outcome has the
     error. cores: that this process may use; None is all. Raises InputError, before anything is
-    written, for configurations that cannot work or do not share a stream, and StoreError when the
-    store cannot be read.
+    written, for configurations that cannot work or do not share a stream.
     """
     paths = [Path(out) for out in outs]
     _check_shared(configs, paths)
@@ -106,7 +105,7 @@ def fit_many(
     ) in configs:  # before a folder is made, or anything in one that is not ours is touched
         _, device = _check_possible(config, store.d_in, store.n_rows)
     todo = {
-        path: _Asked(store, config, path, show_progress)
+        path: _Asked(store, config, path, show=show_progress)
         for path, config in zip(paths, configs, strict=True)
     }
     new = [asked.config for asked in todo.values() if asked.is_unfinished()]
@@ -128,7 +127,9 @@ class _Asked:
     run: None before `prepare`, and of what was complete or has failed by then.
     """
 
-    def __init__(self, store: ActivationStore, config: FitConfig, path: Path, show: bool) -> None:
+    def __init__(
+        self, store: ActivationStore, config: FitConfig, path: Path, *, show: bool
+    ) -> None:
         self.store, self.config, self.folder, self._show = store, config, RunFolder(path), show
         self.run: Run | None = None
         self._summary: Summary | None = None

@@ -17,6 +17,7 @@ import torch
 from ..storage import ActivationStore
 from ..storage.disk import human_bytes
 from ..storage.errors import SaePipeError
+from ..storage.files import disk_error
 from ..storage.unfinished import WaitEnded
 from .batches import TorchBatches
 from .fit_memory import forget_peak, memory_is_enough, peak_device_bytes, peak_memory_bytes
@@ -36,7 +37,7 @@ def train_all(
     """Train and finish all runs; how each ended is its `summary` or its `error`.
 
     cores: that steps may use together on a CPU. A signal checkpoints all and ends the process.
-    Raises what ends the stream itself: StoreError for damaged rows.
+    What ends the stream itself (StoreError for damaged rows) is the error of all that need it.
     """
     loop = _Loop(store, runs, show=show)
     with ExitStack() as held:
@@ -46,7 +47,12 @@ def train_all(
         at_once = min(cores // max(run.config.threads or cores for run in runs), len(runs))
         if at_once > 1 and loop.is_on_cpu:
             loop.pool = held.enter_context(ThreadPoolExecutor(at_once, "step"))
-        loop.run()
+        try:
+            loop.run()
+        except SaePipeError as error:
+            for run in runs:
+                if run.summary is None:
+                    run.error = run.error or error
 
 
 class _Loop:
@@ -142,6 +148,8 @@ class _Loop:
                     act(run)
             except SaePipeError as error:
                 run.error = run.error or error
+            except OSError as error:
+                run.error = run.error or disk_error(error, run.folder.path)
 
         if self.pool is None:
             for run in runs:
@@ -166,6 +174,7 @@ class _Loop:
         self._each(ended, Run.close)
 
     def close(self) -> None:
+        self.pool = None  # it has ended before
         self._each(self._live, Run.close)
         self._stream.close()
         self._bar.close()

@@ -50,12 +50,18 @@ def stop_worker() -> None:
     ask(signal.SIGTERM)
 
 
+def ignore_interrupts() -> None:
+    """Runs in a worker process: Ctrl-C reaches it, too, but it is asked to end by `stop_worker`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def fit_in_workers(
     tasks: Sequence[StoreTask], n_workers: int, say: Say
 ) -> Iterator[tuple[StoreTask, list[Outcome]]]:
     """Each store with its outcomes, as they are done. A signal has all workers checkpoint first."""
     device = tasks[0].configs[0].device
     with local_cluster(n_workers, device, say) as cluster, signals_asked() as asked:
+        cluster.run_on_all(ignore_interrupts)
         yield from _Stores(cluster, tasks, say).run(asked)
 
 
@@ -82,6 +88,7 @@ class _Stores:
             if self._waiting and address not in self._running:
                 if address not in self._cluster.reports:  # started in place of one that died
                     self._cluster.look([address], {})
+                    self._cluster.run_on_all(ignore_interrupts)
                 task = self._waiting.popleft()
                 self._tries[task] += 1
                 cores = self._cluster.threads_of(address)

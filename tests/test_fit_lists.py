@@ -1,6 +1,7 @@
 """`sae-pipe fit` with lists: every combination from every store, in this process or by workers."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -163,11 +164,14 @@ def test_workers_that_take_a_store_each_stop_politely_and_give_the_weights_of_on
     script.write_text(FITTING)
     flags = ["fit", *lists, "--out", str(by_workers), "--workers", "2"]
     command = [sys.executable, str(script), *flags, "--checkpoint-steps", "30"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         wait_for(lambda: any(checkpointed_step(by_workers / name) for name in names), process)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches the workers, too
         stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert process.returncode == 130, stderr
+    assert all((by_workers / name / "checkpoint/checkpoint.json").is_file() for name in names[:2])
     assert re.search(r"Stopped: .* go on from their checkpoints\.", stderr)
     assert run(*flags)[0] == run("fit", *lists, "--out", by_one)[0] == 0
     for name in names:

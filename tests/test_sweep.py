@@ -18,7 +18,14 @@ from sae_pipe.stages.batches import TorchBatches
 from sae_pipe.stages.fit import Outcome, fit, fit_many
 from sae_pipe.stages.fitconfig import FitConfig
 from sae_pipe.stages.sae import load_sae
-from sae_pipe.storage import ActivationStore, DiskError, InputError, NonFiniteError
+from sae_pipe.storage import (
+    ActivationStore,
+    DiskError,
+    InputError,
+    NonFiniteError,
+    StoreError,
+    open_store,
+)
 
 from .test_fit import ask_to_stop, checkpointed_step, read_lines, same_weights, wait_for
 
@@ -87,7 +94,7 @@ def test_saes_of_a_sweep_have_the_bits_of_each_alone_and_read_the_store_once(
         found = json.loads((out / "summary.json").read_text())
         assert asdict(outcome.summary) == found  # type: ignore[arg-type]
         expected = json.loads((other / "summary.json").read_text())
-        speed = ("seconds", "rows_per_s", "wait_share")
+        speed = ("seconds", "rows_per_s", "wait_share", "peak_memory_bytes")
         assert {k: v for k, v in found.items() if k not in speed} == {
             k: v for k, v in expected.items() if k not in speed
         }
@@ -145,7 +152,7 @@ def test_a_killed_sweep_goes_on_from_different_checkpoints_to_the_same_bits(
         ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "cores"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
 def test_a_polite_signal_checkpoints_every_sae(
     small_store: ActivationStore,
     tmp_path: Path,
@@ -153,12 +160,13 @@ def test_a_polite_signal_checkpoints_every_sae(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     number: int,
+    cores: int,
 ) -> None:
     outs = folders(tmp_path)
     with monkeypatch.context() as patch:
         ask_to_stop(patch, at=23, number=number, arch="topk")  # the second of them
         with pytest.raises((SystemExit, KeyboardInterrupt)):
-            fit_many(small_store, CONFIGS, outs, show_progress=False, cores=1)
+            fit_many(small_store, CONFIGS, outs, show_progress=False, cores=cores)
     names = ", ".join(map(str, outs))
     assert capsys.readouterr().err == f"Stopped: {names} go on from their checkpoints.\n"
     assert [checkpointed_step(out) for out in outs] == [23, 23, 23]
@@ -188,6 +196,25 @@ def test_a_sae_that_fails_does_not_stop_the_others(
     assert same_weights(good, alone[0])
     assert not (nan / "summary.json").exists()
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_store_ends_what_needs_it_and_leaves_what_is_complete(
+    small_store: ActivationStore, tmp_path: Path
+) -> None:
+    path = tmp_path / "acts.zarr"
+    shutil.copytree(small_store.path, path)
+    outs = folders(tmp_path, 2)
+    store = open_store(path)
+    fit(store, CONFIG, outs[0], show_progress=False)
+    shard = path / "activations/c/1/0"
+    data = bytearray(shard.read_bytes())
+    data[100:200] = bytes(100)
+    shard.write_bytes(data)
+    complete, failed = quiet(open_store(path), CONFIGS[:2], outs)
+    assert (complete.error, failed.summary) == (None, None)
+    assert complete.summary is not None
+    assert isinstance(failed.error, StoreError)
+    assert str(failed.error).startswith(f"Shard 1 of {path} is damaged: activations/c/1/0: ")
 
 
 def test_what_is_complete_is_left_as_it_is_and_a_new_sae_is_added(

@@ -45,6 +45,7 @@ def of_the_dead(sae: Sae, passed: TrainingPass, dead_N: Tensor, k_aux: int) -> T
     bias_N = sae.encoder_bias(sae.b_enc)[dead_N]
     if sae.low_precision:  # the values are asked for in full precision
         pre_BN = torch.addmm(bias_N.detach(), passed.centred_BD, w_enc_DN.detach())
+        pre_BN = pre_BN.to(bias_N.dtype)  # autocast may have made it bfloat16
     else:
         pre_BN = passed.pre_BS.index_select(1, dead_N)
     kept_BN = pre_BN > 0

@@ -68,7 +68,10 @@ class Resampler:
         weights_B = error_B if self._sae.reference else error_B.square()
         key = stream_key(self._seed, "resample", step) >> 1  # torch's seeds have 63 bits
         generator = torch.Generator().manual_seed(int(key))
-        return torch.multinomial(weights_B.clamp_min(1e-30), count, generator=generator)
+        drawn: Tensor = torch.multinomial(
+            weights_B.clamp_min(1e-30), count, generator=generator
+        )
+        return drawn
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a later resampling depends on."""
