@@ -14,9 +14,9 @@ every formula stands beside its source:
                   (pseudo-derivatives); the loss with a target L0 is a variation of theirs
     p_anneal      Karvonen et al. 2024, arXiv 2408.00113: section 4 (Lp norm, coefficient)
 
-Numbers of sections and equations are from memory; what was checked, in float64 and for 100 updates, is
-that the trainers named below do the same. Constants and the order of operations are those of the public dictionary_learning trainers, from
-docs/recipes.md. `reference` asks for what those trainers do where the recipe deviates from them.
+Numbers of sections and equations are from memory. Constants and the order of operations are those of
+the public dictionary_learning trainers (docs/recipes.md), which this file was checked against for 100
+updates. `reference` asks for what those trainers do where the recipe deviates from them.
 """
 
 # B rows, D d_in, S d_sae, K kept
