@@ -11,11 +11,12 @@ every formula stands beside its source:
     relu, free    Anthropic, "Circuits updates - April 2024", "Training SAEs"
     gated         Rajamanoharan et al. 2024, arXiv 2404.16014: eq. 6 (encoder), eq. 8 (loss)
     jumprelu      Rajamanoharan et al. 2024, arXiv 2407.14435: eq. 3 (activation), 11 and 12
-                  (pseudo-derivatives); the loss with a target L0 is their section 6's variation
+                  (pseudo-derivatives); the loss with a target L0 is a variation of theirs
     p_anneal      Karvonen et al. 2024, arXiv 2408.00113: section 4 (Lp norm, coefficient)
 
-Constants and the order of operations are those of the public dictionary_learning trainers, from
-docs/recipes.md. `reference` asks for what those trainers do where the recipe deviates from them.
+Numbers of sections and equations are from memory. Constants and the order of operations are those of
+the public dictionary_learning trainers (docs/recipes.md), which this file was checked against for 100
+updates. `reference` asks for what those trainers do where the recipe deviates from them.
 """
 
 # B rows, D d_in, S d_sae, K kept
