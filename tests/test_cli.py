@@ -188,7 +188,7 @@ def test_harvest_without_network_says_how_to_use_a_local_folder(tmp_path: Path) 
     [
         (
             ["--arch", "dense"],
-            "Unknown architecture 'dense': choose one of batch_topk, matryoshka, topk.",
+            "Unknown architecture 'dense': choose one of batch_topk, gated, jumprelu, matryoshka, p_anneal, relu, topk.",
         ),
         (
             ["--d-sae", "20"],

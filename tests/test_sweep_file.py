@@ -160,7 +160,10 @@ def test_tables_and_lists_are_every_combination(tmp_path: Path) -> None:
             "layers in [harvest] of FILE is not known. Known are: model, layer, mask_p, out, ",
         ),
         ("[harvest]\nlayer = 2\n", "model is missing in [harvest] of FILE."),
-        ("[fit]\narch = 'topk'\nstore = 'a.zarr'\n", "l0 is missing in [fit] of FILE."),
+        (
+            "[fit]\narch = 'topk'\nstore = 'a.zarr'\n",
+            "topk needs to know the L0 to reach: pass --l0.",
+        ),
         (
             "[fit]\nl0 = ['many', 3]\n",
             "l0 in [fit] of FILE is 'many', and has to be a whole number or a list of them.",

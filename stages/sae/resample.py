@@ -60,7 +60,8 @@ class Resampler:
     def _norm_of_living(self, dead_N: Tensor) -> Tensor:
         alive_S = torch.ones_like(self.steps_since_fired_S, dtype=torch.bool)
         alive_S[dead_N] = False
-        return self._sae.W_enc[:, alive_S].norm(dim=0).mean()
+        norms_S: Tensor = self._sae.W_enc[:, alive_S].norm(dim=0)
+        return norms_S.mean()
 
     def _draw(self, step: int, x_BD: Tensor, count: int) -> Tensor:
         """Rows of the batch without replacement, a function of the seed and the step alone."""
@@ -68,9 +69,7 @@ class Resampler:
         weights_B = error_B if self._sae.reference else error_B.square()
         key = stream_key(self._seed, "resample", step) >> 1  # torch's seeds have 63 bits
         generator = torch.Generator().manual_seed(int(key))
-        drawn: Tensor = torch.multinomial(
-            weights_B.clamp_min(1e-30), count, generator=generator
-        )
+        drawn: Tensor = torch.multinomial(weights_B.clamp_min(1e-30), count, generator=generator)
         return drawn
 
     def state_dict(self) -> dict[str, Tensor]:
