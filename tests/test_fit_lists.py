@@ -151,6 +151,7 @@ def test_two_stores_of_one_name_are_refused(stores: list[Path], tmp_path: Path) 
 FITTING = "from sae_pipe.pipeline.cli import main\nif __name__ == '__main__':\n    main()\n"
 
 
+@pytest.mark.slow
 def test_workers_take_a_store_each_stop_politely_and_give_the_weights_of_one_process(
     stores: list[Path], tmp_path: Path
 ) -> None:
