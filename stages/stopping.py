@@ -54,7 +54,8 @@ def leave(number: int, runs: Sequence[Path]) -> None:
     """End the process as the signal would have; the checkpoints are written."""
     names = ", ".join(map(str, runs))
     go_on = "goes on from its checkpoint" if len(runs) == 1 else "go on from their checkpoints"
-    print(f"Stopped: {names} {go_on}.", file=sys.stderr)
+    if runs:  # none where all were complete by then
+        print(f"Stopped: {names} {go_on}.", file=sys.stderr)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

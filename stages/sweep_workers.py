@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ..storage.errors import InputError, SaePipeError
@@ -99,7 +100,8 @@ class _Stores:
     def _look(self, address: str) -> tuple[StoreTask, list[Outcome]] | None:
         """What has come of the store of a worker; None while it is at it, or if it starts anew."""
         task, future = self._running[address]
-        answer = self._cluster.answer(address, future)
+        # Asking waits for a moment, in which a signal would not be seen.
+        answer = self._cluster.answer(address, future) if future.done() else None
         if answer is None:
             if address in self._cluster.addresses():
                 return None
@@ -130,12 +132,15 @@ class _Stores:
 
     def _stop(self, number: int) -> None:
         """Have all workers checkpoint, and end as the signal would have."""
-        runs = [out for task, _ in self._running.values() for out in task.outs]
+        stopped: list[Path] = []
         give_up = time.monotonic() + _STOP_S
-        for address, (_, future) in self._running.items():
-            told = []  # Dask drops what nobody holds
+        for address, (task, future) in self._running.items():
+            told, answer = [], None  # Dask drops what nobody holds
             while address in self._cluster.addresses() and time.monotonic() < give_up:
                 told.append(self._cluster.submit(address, stop_worker))
-                if self._cluster.answer(address, future) is not None:
+                answer = self._cluster.answer(address, future)
+                if answer is not None:
                     break
-        leave(number, runs)
+            if answer is None or answer.value is None or answer.value.outcomes is None:
+                stopped += task.outs
+        leave(number, stopped)
