@@ -31,6 +31,7 @@ NEVER = torch.iinfo(torch.int64).max
 # Of the controller that leads to an L0, over a whole run: how far log(coefficient) can go.
 _CONTROL_RANGE = 25.0
 _MOST_GAIN = 0.02
+_MOMENTS = {"adam_m": "exp_avg", "adam_v": "exp_avg_sq"}  # in a state: in Adam
 
 
 class Trainer:
@@ -50,8 +51,14 @@ class Trainer:
         self.updates = 0
         self.dead = DeadLatents(sae.d_sae, schedule.dead_after_tokens, device)
         self.first_bad_step = torch.tensor(NEVER, device=device)
+        # What Adam steps: the parameters, W_enc as the contiguous (S, D) that it is in memory,
+        # because Adam's fused kernel copies what is not contiguous.
+        self._stepped = {
+            name: torch.nn.Parameter(value.detach().T) if name == "W_enc" else value
+            for name, value in self.sae.named_parameters()
+        }
         self.optimizer = torch.optim.Adam(
-            self.sae.parameters(),
+            self._stepped.values(),
             lr=schedule.lr,
             betas=schedule.betas,
             eps=config.eps,
@@ -146,10 +153,12 @@ class Trainer:
             self.resampler.observe_(passed.fired_S)
 
     def _auxiliary_loss(self, residual_BD: Tensor, passed: TrainingPass) -> Tensor:
-        # No latent can be dead before that many tokens, which spares a GPU the whole computation.
+        if not isinstance(self.sae, KSparse) or self.config.auxk_coefficient == 0:
+            return residual_BD.new_zeros(())
+        # No latent can be dead before that many tokens, which spares a GPU the whole computation;
+        # a CPU looks at the counters, which may have been set by hand.
         tokens_seen = (self.updates + 1) * len(residual_BD)
-        unused = not isinstance(self.sae, KSparse) or self.config.auxk_coefficient == 0
-        if unused or tokens_seen < self.dead.dead_after_tokens:
+        if residual_BD.device.type != "cpu" and tokens_seen < self.dead.dead_after_tokens:
             return residual_BD.new_zeros(())
         k_aux = self.config.k_aux or max(self.sae.d_in // 2, 1)
         with self._low_precision_products():
@@ -162,13 +171,15 @@ class Trainer:
     def _update(self, loss: Tensor, x_BD: Tensor) -> Tensor:
         """Backward, project, clip, Adam, k, unit rows, resampling; in the reference's order."""
         epsilon = self.config.recipe.norm_epsilon
-        self.optimizer.zero_grad(set_to_none=True)
+        self.sae.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.sae.has_unit_rows:
             project_gradient_(self.sae.W_dec, epsilon)
         grad_norm = self._clip()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+        w_enc_grad = self.sae.W_enc.grad
+        self._stepped["W_enc"].grad = None if w_enc_grad is None else w_enc_grad.T
         self.optimizer.step()
         if isinstance(self.sae, KSparse) and self.config.k_anneal_steps is not None:
             self.sae.train_k = annealed_k(
@@ -180,9 +191,15 @@ class Trainer:
         if self.sae.has_unit_rows:
             normalise_rows_(self.sae.W_dec, epsilon)
         if self.resampler is not None:
-            self.resampler.after_step_(self.updates, x_BD, self.optimizer)
+            self._forget(self.resampler.after_step_(self.updates, x_BD))
         self.updates += 1
         return grad_norm
+
+    def _forget(self, latent_N: Tensor) -> None:
+        """Adam starts anew with latents that were resampled."""
+        for name in ("W_enc", "W_dec", "b_enc") if len(latent_N) else ():
+            for key in _MOMENTS.values():
+                self.optimizer.state[self._stepped[name]][key].index_fill_(0, latent_N, 0)
 
     def _clip(self) -> Tensor:
         """The total norm of the gradients, which are scaled down to grad_clip where it is more."""
@@ -212,11 +229,11 @@ class Trainer:
     def state_dict(self) -> dict[str, Tensor]:
         """Every number that the next step depends on, as a flat dict of tensors."""
         state = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
-        for name, parameter in self.sae.named_parameters():
-            moments = self.optimizer.state.get(parameter, {})
-            zero = torch.zeros_like(parameter)
-            state[f"adam_m.{name}"] = moments.get("exp_avg", zero)
-            state[f"adam_v.{name}"] = moments.get("exp_avg_sq", zero)
+        for name, stepped in self._stepped.items():
+            moments = self.optimizer.state.get(stepped, {})
+            for moment, key in _MOMENTS.items():
+                value = moments.get(key, torch.zeros_like(stepped))
+                state[f"{moment}.{name}"] = value.T if name == "W_enc" else value
         for part in self._parts:
             state |= part.state_dict()
         state["tokens_since_fired"] = self.dead.tokens_since_fired_S
@@ -243,13 +260,13 @@ class Trainer:
         self.dead.tokens_since_fired_S = saved["tokens_since_fired"].clone()
         self.first_bad_step = saved["first_bad_step"].clone()
         # lr follows from the number of updates; a saved one only documents it.
-        for name, parameter in self.sae.named_parameters():
-            self.optimizer.state[parameter] = {
+        for name, stepped in self._stepped.items():
+            moments = {key: saved[f"{moment}.{name}"] for moment, key in _MOMENTS.items()}
+            self.optimizer.state[stepped] = {
                 "step": torch.tensor(float(self.updates), device=self._adam_step_device),
-                # Laid out in memory as the parameter is: empty_like keeps its strides.
                 **{
-                    key: torch.empty_like(parameter).copy_(saved[f"{moment}.{name}"])
-                    for key, moment in (("exp_avg", "adam_m"), ("exp_avg_sq", "adam_v"))
+                    key: torch.empty_like(stepped).copy_(value.T if name == "W_enc" else value)
+                    for key, value in moments.items()
                 },
             }
 
@@ -261,7 +278,8 @@ class Trainer:
 
 def _explained_variance(x_BD: Tensor, residual_BD: Tensor) -> Tensor:
     """1 - sum ||x - x_hat||^2 / sum ||x - mean||^2, with the batch's mean."""
-    return 1 - residual_BD.square().sum() / (x_BD - x_BD.mean(dim=0)).square().sum()
+    spread = torch.linalg.vector_norm(x_BD - x_BD.mean(dim=0))
+    return 1 - (torch.linalg.vector_norm(residual_BD) / spread).square()
 
 
 def _check_alike(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

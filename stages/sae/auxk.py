@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .base import squared_error
 from .selection import largest_of_rows
 from .support import FullSupport, support_of
 
@@ -73,11 +74,13 @@ def behind_a_mask(sae: Sae, passed: TrainingPass, dead_S: Tensor, k_aux: int) ->
 
 def normalised_error(residual_BD: Tensor, x_hat_BD: Tensor, counts: Tensor) -> Tensor:
     """||residual - x_hat||^2 over the variance of the residual; 0 unless it counts."""
-    error = (residual_BD - x_hat_BD).square().sum(dim=-1).mean()
-    variance = (residual_BD - residual_BD.mean(dim=0)).square().sum(dim=-1).mean()
+    error = squared_error(residual_BD, x_hat_BD)
+    spread = torch.linalg.vector_norm(residual_BD - residual_BD.mean(dim=0))
+    variance = spread.square() / len(residual_BD)
     # One row, or equal rows, have a variance of 0 up to rounding: dividing by that would blow up.
     rounding = (16 * torch.finfo(residual_BD.dtype).eps) ** 2
-    counts = counts & (variance > rounding * residual_BD.square().sum(dim=-1).mean())
+    size = torch.linalg.vector_norm(residual_BD).square() / len(residual_BD)
+    counts = counts & (variance > rounding * size)
     # The denominator is made safe before the division: 0 * NaN in the backward pass is NaN.
     loss = error / torch.where(counts, variance, 1)
     return torch.where(counts, loss, 0).nan_to_num(nan=0.0)

@@ -258,5 +258,21 @@ class _ShiftedBias(torch.autograd.Function):
 
 
 def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
-    """||x - x_hat||^2, summed over D and averaged over B."""
-    return (x_BD - x_hat_BD).square().sum(dim=-1).mean()
+    """||x - x_hat||^2, summed over D and averaged over B; with a gradient for x_hat alone."""
+    error: Tensor = _SquaredError.apply(x_hat_BD, x_BD)  # type: ignore[no-untyped-call]
+    return error
+
+
+class _SquaredError(torch.autograd.Function):
+    """In two passes over memory forward and one backward, where plain autograd takes seven."""
+
+    @staticmethod
+    def forward(ctx: Any, x_hat_BD: Tensor, x_BD: Tensor) -> Tensor:
+        error_BD = x_hat_BD.detach() - x_BD
+        ctx.save_for_backward(error_BD)
+        return torch.linalg.vector_norm(error_BD).square() / len(x_BD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (error_BD,) = ctx.saved_tensors
+        return error_BD * (2 * grads[0] / len(error_BD)), None

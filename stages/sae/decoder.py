@@ -8,15 +8,18 @@ Without the constraint the reconstruction could shrink latents and grow rows at 
 import torch
 from torch import Tensor
 
+from .support import row_dots
+
 
 @torch.no_grad()
 def project_gradient_(w_dec_SD: Tensor, epsilon: float) -> None:
     """Remove from the gradient of each row its component along the row / (norm + epsilon)."""
     gradient_SD = w_dec_SD.grad
     assert gradient_SD is not None
-    unit_SD = w_dec_SD / (w_dec_SD.norm(dim=1, keepdim=True) + epsilon)
-    along_S1 = (gradient_SD * unit_SD).sum(dim=1, keepdim=True)
-    gradient_SD.addcmul_(along_S1, unit_SD, value=-1)
+    all_S = torch.arange(len(w_dec_SD), device=w_dec_SD.device)
+    along_S = row_dots(gradient_SD, all_S, w_dec_SD, all_S)
+    along_S /= (torch.linalg.vector_norm(w_dec_SD, dim=1) + epsilon).square_()
+    gradient_SD.addcmul_(along_S[:, None], w_dec_SD, value=-1)
 
 
 @torch.no_grad()
@@ -26,4 +29,4 @@ def normalise_rows_(w_dec_SD: Tensor, epsilon: float) -> None:
     epsilon: as of the projection; anything but 0 stands for machine epsilon here.
     """
     added = torch.finfo(w_dec_SD.dtype).eps if epsilon else 0.0
-    w_dec_SD.div_(w_dec_SD.norm(dim=1, keepdim=True) + added)
+    w_dec_SD.div_(torch.linalg.vector_norm(w_dec_SD, dim=1, keepdim=True) + added)

@@ -90,6 +90,7 @@ def nested_error(
 ) -> tuple[Tensor, Tensor]:
     """sum_i w_i ||x - b_dec - (parts up to i)||^2, averaged over B, and the last reconstruction.
 
+    The parts are used up: their memory becomes that of the errors.
     The gradient of part j is one suffix sum: -2 / B sum of w_i times the error of prefix i, i >= j.
     """
     loss, x_hat_BD = _NestedError.apply(parts_BGD, x_BD, b_dec_D, weights_G)  # type: ignore[no-untyped-call]
@@ -101,11 +102,11 @@ class _NestedError(torch.autograd.Function):
     def forward(
         ctx: Any, parts_BGD: Tensor, x_BD: Tensor, b_dec_D: Tensor, weights_G: Tensor
     ) -> tuple[Tensor, Tensor]:
-        errors_BGD = torch.empty_like(parts_BGD)
+        errors_BGD = parts_BGD  # in their memory: fresh pages cost more than all of this
         error_BD, losses = x_BD - b_dec_D, []
         for group in range(parts_BGD.shape[1]):
             error_BD = torch.sub(error_BD, parts_BGD[:, group], out=errors_BGD[:, group])
-            losses.append(error_BD.square().sum())
+            losses.append(torch.linalg.vector_norm(error_BD).square())
         ctx.save_for_backward(errors_BGD, weights_G)
         x_hat_BD = x_BD - error_BD
         ctx.mark_non_differentiable(x_hat_BD)

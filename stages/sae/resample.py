@@ -37,25 +37,23 @@ class Resampler:
         self.steps_since_fired_S.add_(1).masked_fill_(fired_S, 0)
 
     @torch.no_grad()
-    def after_step_(self, step: int, x_BD: Tensor, optimizer: torch.optim.Optimizer) -> int:
-        """Resample if this step is one to do it after; how many latents were."""
+    def after_step_(self, step: int, x_BD: Tensor) -> Tensor:
+        """Resample if this step is one to do it after; which latents were."""
+        none = self.steps_since_fired_S[:0]
         if step == 0 or step % self._every:
-            return 0
+            return none
         sae = self._sae
         dead_N = (self.steps_since_fired_S > self._every / 2).nonzero().squeeze(1)
         n_alive = sae.d_sae - len(dead_N)
         if len(dead_N) == 0 or n_alive == 0:
-            return 0
+            return none
         alive_norm = self._norm_of_living(dead_N)
         dead_N = dead_N[: len(x_BD)]
         rows_ND = x_BD[self._draw(step, x_BD, len(dead_N)).to(x_BD.device)]
         sae.W_dec[dead_N] = rows_ND / rows_ND.norm(dim=1, keepdim=True)
         sae.W_enc[:, dead_N] = (rows_ND * alive_norm * _SHARE_OF_NORM).T
         sae.b_enc[dead_N] = 0
-        for parameter, place in ((sae.W_dec, 0), (sae.W_enc, 1), (sae.b_enc, 0)):
-            for name in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[parameter][name].index_fill_(place, dead_N, 0)
-        return len(dead_N)
+        return dead_N
 
     def _norm_of_living(self, dead_N: Tensor) -> Tensor:
         alive_S = torch.ones_like(self.steps_since_fired_S, dtype=torch.bool)

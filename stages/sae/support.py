@@ -69,7 +69,7 @@ class SparseSupport(Support):
         return self._by_latent
 
     def encode(self, x_BD: Tensor, w_enc_DS: Tensor, bias_S: Tensor | None) -> Tensor:
-        values: Tensor = _EncodeAt.apply(w_enc_DS, bias_S, x_BD, self)  # type: ignore[no-untyped-call]
+        values: Tensor = _EncodeAt.apply(w_enc_DS.T, bias_S, x_BD, self)  # type: ignore[no-untyped-call]
         return values
 
     def decode(self, values_V: Tensor, w_dec_SD: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class FullSupport(Support):
         self.pre_BS, self.n_rows = pre_BS, len(pre_BS)
 
     def encode(self, x_BD: Tensor, w_enc_DS: Tensor, bias_S: Tensor | None) -> Tensor:
-        values: Tensor = _EncodeAll.apply(w_enc_DS, bias_S, x_BD, self.pre_BS)  # type: ignore[no-untyped-call]
+        values: Tensor = _EncodeAll.apply(w_enc_DS.T, bias_S, x_BD, self.pre_BS)  # type: ignore[no-untyped-call]
         return values
 
     def decode(self, values_V: Tensor, w_dec_SD: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class _EncodeAt(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, w_enc_DS: Tensor, bias_S: Tensor | None, x_BD: Tensor, support: SparseSupport
+        ctx: Any, w_enc_SD: Tensor, bias_S: Tensor | None, x_BD: Tensor, support: SparseSupport
     ) -> Tensor:
         ctx.save_for_backward(x_BD)
         ctx.support = support
@@ -189,9 +189,8 @@ class _EncodeAt(torch.autograd.Function):
         bias_grad_S = support.latent_sums(grad_N) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, bias_grad_S, None, None
-        # (S, D) in memory, as W_enc is kept: .T makes it the (D, S) that W_enc is called.
         w_grad_SD = weighted_row_sums(x_BD, support.row_N[order_N], grad_N[order_N], starts_S)
-        return w_grad_SD.T, bias_grad_S, None, None
+        return w_grad_SD, bias_grad_S, None, None
 
 
 class _EncodeAll(torch.autograd.Function):
@@ -199,7 +198,7 @@ class _EncodeAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, w_enc_DS: Tensor, bias_S: Tensor | None, x_BD: Tensor, pre_BS: Tensor
+        ctx: Any, w_enc_SD: Tensor, bias_S: Tensor | None, x_BD: Tensor, pre_BS: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x_BD)
         return pre_BS.view_as(pre_BS)
@@ -208,8 +207,8 @@ class _EncodeAll(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BS,), (x_BD,) = grads, ctx.saved_tensors
         bias_grad_S = grad_BS.sum(dim=0) if ctx.needs_input_grad[1] else None
-        w_grad = (grad_BS.T @ x_BD).T if ctx.needs_input_grad[0] else None
-        return w_grad, bias_grad_S, None, None
+        w_grad_SD = grad_BS.T @ x_BD if ctx.needs_input_grad[0] else None
+        return w_grad_SD, bias_grad_S, None, None
 
 
 class _DecodeAt(torch.autograd.Function):
