@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .base import squared_error
 from .selection import largest_of_rows
-from .support import FullSupport, support_of
+from .support import FullSupport, rows_of, support_of
 
 if TYPE_CHECKING:
     from .base import Sae, TrainingPass
@@ -42,7 +42,7 @@ def auxk_loss(
 
 def of_the_dead(sae: Sae, passed: TrainingPass, dead_N: Tensor, k_aux: int) -> Tensor:
     """What the dead latents reconstruct, by their columns alone."""
-    w_enc_DN = sae.W_enc.T.index_select(0, dead_N).T
+    w_enc_DN = rows_of(sae.W_enc.T, dead_N).T
     bias_N = sae.encoder_bias(sae.b_enc)[dead_N]
     if sae.low_precision:  # the values are asked for in full precision
         pre_BN = torch.addmm(bias_N.detach(), passed.centred_BD, w_enc_DN.detach())
@@ -57,7 +57,7 @@ def of_the_dead(sae: Sae, passed: TrainingPass, dead_N: Tensor, k_aux: int) -> T
     values_V = torch.relu(support.encode(passed.centred_BD, w_enc_DN, bias_N))
     if isinstance(support, FullSupport):
         values_V = torch.where(kept_BN, values_V, 0)
-    return support.decode(values_V, sae.W_dec.index_select(0, dead_N))
+    return support.decode(values_V, rows_of(sae.W_dec, dead_N))
 
 
 def behind_a_mask(sae: Sae, passed: TrainingPass, dead_S: Tensor, k_aux: int) -> Tensor:

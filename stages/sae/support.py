@@ -171,6 +171,26 @@ def row_dots(left: Tensor, left_N: Tensor, right: Tensor, right_N: Tensor) -> Te
     return dots
 
 
+def rows_of(matrix_SD: Tensor, row_N: Tensor) -> Tensor:
+    """Rows of a matrix, each asked for once; index_select whose backward pass copies, not adds."""
+    rows: Tensor = _RowsOf.apply(matrix_SD, row_N)  # type: ignore[no-untyped-call]
+    return rows
+
+
+class _RowsOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix_SD: Tensor, row_N: Tensor) -> Tensor:
+        ctx.save_for_backward(row_N)
+        ctx.n_rows = len(matrix_SD)
+        return matrix_SD.index_select(0, row_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (row_N,) = ctx.saved_tensors
+        gradient_SD = grads[0].new_zeros(ctx.n_rows, grads[0].shape[1])
+        return gradient_SD.index_copy_(0, row_N, grads[0]), None
+
+
 class _EncodeAt(torch.autograd.Function):
     """Entries of x W_enc + bias that are known already; their gradients reach W_enc and the bias."""
 
