@@ -278,8 +278,9 @@ class Trainer:
 
 def _explained_variance(x_BD: Tensor, residual_BD: Tensor) -> Tensor:
     """1 - sum ||x - x_hat||^2 / sum ||x - mean||^2, with the batch's mean."""
-    spread = torch.linalg.vector_norm(x_BD - x_BD.mean(dim=0))
-    return 1 - (torch.linalg.vector_norm(residual_BD) / spread).square()
+    spread: Tensor = torch.linalg.vector_norm(x_BD - x_BD.mean(dim=0))
+    error: Tensor = torch.linalg.vector_norm(residual_BD)
+    return 1 - (error / spread).square()
 
 
 def _check_alike(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

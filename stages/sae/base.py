@@ -270,7 +270,8 @@ class _SquaredError(torch.autograd.Function):
     def forward(ctx: Any, x_hat_BD: Tensor, x_BD: Tensor) -> Tensor:
         error_BD = x_hat_BD.detach() - x_BD
         ctx.save_for_backward(error_BD)
-        return torch.linalg.vector_norm(error_BD).square() / len(x_BD)
+        norm: Tensor = torch.linalg.vector_norm(error_BD)
+        return norm.square() / len(x_BD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
