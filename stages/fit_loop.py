@@ -77,7 +77,9 @@ class _Loop:
 
     def run(self) -> None:
         for line in dict.fromkeys(
-            default_lr_in_words(run.config) for run in self._live if run.config.lr is None
+            default_lr_in_words(run.config, run.schedule)
+            for run in self._live
+            if run.config.lr is None
         ):
             self._bar.say(line)
         forget_peak(self._stream.device)

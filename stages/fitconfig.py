@@ -273,7 +273,9 @@ class FitConfig:
         schedule = Schedule(
             steps=steps,
             tokens=steps * self.batch_size,
-            lr=self.recipe.learning_rate(self.d_sae) if self.lr is None else self.lr,
+            lr=self.recipe.learning_rate(self.d_sae, steps, reference=self.reference)
+            if self.lr is None
+            else self.lr,
             betas=self.recipe.betas if self.betas is None else self.betas,
             grad_clip=self.recipe.grad_clip_of(self.decoder_norm)
             if self.grad_clip is None
@@ -299,13 +301,15 @@ class FitConfig:
         return schedule
 
 
-def default_lr_in_words(config: FitConfig) -> str:
+def default_lr_in_words(config: FitConfig, plan: "Schedule") -> str:
     """Where the learning rate comes from: lr 4e-4 = 2e-4 / sqrt(d_sae / 2^14), d_sae 4096."""
-    mantissa, exponent = f"{config.recipe.learning_rate(config.d_sae):.2e}".split("e")
-    value = f"lr {float(mantissa):g}e{int(exponent)}"
-    if config.recipe.lr is not None:
+    mantissa, exponent = f"{plan.lr:.2e}".split("e")
+    value, of_recipe = f"lr {float(mantissa):g}e{int(exponent)}", config.recipe.lr
+    if of_recipe is None:
+        return f"{value} = 2e-4 / sqrt(d_sae / 2^14), d_sae {config.d_sae}"
+    if plan.lr == of_recipe:
         return f"{value}, the default of {config.arch}"
-    return f"{value} = 2e-4 / sqrt(d_sae / 2^14), d_sae {config.d_sae}"
+    return f"{value}: that of {config.arch}, {of_recipe:g}, raised for a run of {plan.steps} steps"
 
 
 def _given_or(value: int | None, default: int) -> int:

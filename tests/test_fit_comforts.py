@@ -162,10 +162,18 @@ def test_the_rule_behind_the_default_learning_rate_is_said(
     small_store: ActivationStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = FitConfig(arch="topk", k=20, d_sae=4096)
-    assert config.recipe.learning_rate(4096) == 4e-4
-    assert default_lr_in_words(config) == "lr 4e-4 = 2e-4 / sqrt(d_sae / 2^14), d_sae 4096"
+
+    def words(config: FitConfig, tokens: int) -> str:
+        return default_lr_in_words(config, replace(config, tokens=tokens).schedule())
+
+    assert words(config, 10**9) == "lr 4e-4 = 2e-4 / sqrt(d_sae / 2^14), d_sae 4096"
     gated = FitConfig(arch="gated", k=20, d_sae=4096)
-    assert default_lr_in_words(gated) == "lr 5e-5, the default of gated"
+    assert words(gated, 10**9) == "lr 5e-5, the default of gated"
+    assert words(gated, 5 * 10**6) == (
+        "lr 5e-4: that of gated, 5e-05, raised for a run of 2441 steps"
+    )
+    assert words(gated, 10**5) == "lr 1e-3: that of gated, 5e-05, raised for a run of 48 steps"
+    assert words(replace(gated, reference=True), 10**5) == "lr 5e-5, the default of gated"
     fit(small_store, CONFIG, tmp_path / "auto")
     assert "lr 3.2e-3 = 2e-4 / sqrt(d_sae / 2^14), d_sae 64\n" in capsys.readouterr().err
     fit(small_store, replace(CONFIG, lr=1e-3), tmp_path / "given")

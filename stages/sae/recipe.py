@@ -7,6 +7,8 @@ the value here.
 import math
 from dataclasses import dataclass
 
+LONG_STEPS = 244_140  # 500 million tokens in batches of 2048
+_MOST_LR = 1e-3
 DECODER_NORMS = ("unit", "free")  # of relu
 SPARSITY_NORMS = ("lp_p", "lp")  # of p_anneal: sum of f^p, or its p-th root
 
@@ -31,9 +33,17 @@ class Recipe:
     sparsity: float | None = None
     norm_epsilon: float = 1e-6
 
-    def learning_rate(self, d_sae: int) -> float:
-        """The default peak learning rate for a dictionary of that size."""
-        return 2e-4 / math.sqrt(d_sae / 2**14) if self.lr is None else self.lr
+    def learning_rate(self, d_sae: int, steps: int, *, reference: bool = False) -> float:
+        """The default peak learning rate for a dictionary of that size and a run of that length.
+
+        Small ones are meant for long runs: with fewer steps they rise by the root of what is
+        missing, up to 1e-3, or the SAE would stay near where it began (docs/recipes.md).
+        """
+        if self.lr is None:
+            return 2e-4 / math.sqrt(d_sae / 2**14)
+        if reference or self.lr >= _MOST_LR:
+            return self.lr
+        return min(_MOST_LR, self.lr * math.sqrt(max(1.0, LONG_STEPS / steps)))
 
     def grad_clip_of(self, decoder_norm: str) -> float:
         """The default of grad_clip; rows of free norm are clipped (ReLU's April variant)."""
