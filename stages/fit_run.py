@@ -243,8 +243,13 @@ class Run:
         return (
             f"Warning: {dead:.0f} of {d_sae} latents of {self.folder.path} ({dead / d_sae:.0%}) "
             f"have not fired for {self.schedule.dead_after_tokens:,} tokens. A smaller --d-sae, "
-            "more --tokens or a larger --auxk-coefficient leaves fewer dead."
+            f"more --tokens or {self._against_dead()} leaves fewer dead."
         )
+
+    def _against_dead(self) -> str:
+        if self.config.recipe.keeps_k:
+            return "a larger --auxk-coefficient"
+        return "--resample-steps" if self.config.arch == "relu" else "a smaller --sparsity"
 
     def close(self) -> None:
         """Write the lines that are left, and give the memory back."""
