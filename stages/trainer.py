@@ -29,7 +29,7 @@ from .sae.threshold import update_threshold_
 
 NEVER = torch.iinfo(torch.int64).max
 # Of the controller that leads to an L0, over a whole run: how far log(coefficient) can go.
-_CONTROL_RANGE = 25.0
+_CONTROL_RANGE = 50.0
 _MOST_GAIN = 0.02
 _MOMENTS = {"adam_m": "exp_avg", "adam_v": "exp_avg_sq"}  # in a state: in Adam
 
