@@ -203,8 +203,7 @@ def fit(
     threads: Annotated[
         int | None,
         typer.Option(
-            help="CPU threads of a step. Default: all for one SAE; 1 for each of several, which "
-            "step side by side.",
+            help="CPU threads of a step. Default: all. With fewer, several SAEs step side by side.",
             rich_help_panel=_RUN,
         ),
     ] = None,

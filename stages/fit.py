@@ -109,7 +109,7 @@ def fit_many(
         for path, config in zip(paths, configs, strict=True)
     }
     new = [asked.config for asked in todo.values() if asked.is_unfinished()]
-    threads = config.threads or (1 if len(new) > 1 else torch.get_num_threads())
+    threads = config.threads or torch.get_num_threads()
     cores = cores or usable_cores()
     check_memory(new, store.d_in, device, at_once=max(cores // threads, 1))
     with ExitStack() as locks:

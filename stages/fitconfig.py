@@ -57,7 +57,7 @@ class FitConfig:
             which SAEs of several seeds share.
         device: auto, cpu, cuda, cuda:N, mps. dtype: float32; tf32 and bfloat16 for the products
             only, with float32 weights; float64 for checks. threads: torch's in a step on a CPU,
-            which sums may depend on; None is all for one SAE and 1 for several, or what the run was
+            which sums may depend on; None is all, or what the run was
             begun with.
         selection: "exact", or "bf16" to choose latents by bfloat16 products and compute the chosen
             ones in float32; dtype bfloat16 does that and its other products in bfloat16.
