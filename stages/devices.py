@@ -1,11 +1,20 @@
 """The device that torch computes on, and the number format a model computes in."""
 
+import os
+
 import torch
 
 from ..storage.errors import InputError
 
 DEVICE_KINDS = ("cpu", "cuda", "mps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def usable_cores() -> int:
+    """Those that this process may use: a cluster may have given it a part of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
 
 
 def available_devices() -> list[str]:

@@ -8,7 +8,6 @@ The main path: `fit_many` prepares the run folders, `fit_loop.train_all` gives e
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from ..storage import ActivationStore
 from ..storage.errors import InputError, SaePipeError, StoreError
 from ..storage.lock import sole_writer
 from ..storage.store import store_name
-from .devices import pick_device
+from .devices import pick_device, usable_cores
 from .fit_loop import train_all
 from .fit_memory import check_memory, memory_is_enough
 from .fit_run import Run, Summary
@@ -109,7 +108,7 @@ def fit_many(
         for path, config in zip(paths, configs, strict=True)
     }
     new = [asked.config for asked in todo.values() if asked.is_unfinished()]
-    threads = config.threads or torch.get_num_threads()
+    threads = step_threads(configs[0])
     cores = cores or usable_cores()
     check_memory(new, store.d_in, device, at_once=max(cores // threads, 1))
     with ExitStack() as locks:
@@ -192,11 +191,9 @@ class _Asked:
         )
 
 
-def usable_cores() -> int:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS
+def step_threads(config: FitConfig) -> int:
+    """CPU threads of a step, of a run that is begun now."""
+    return config.threads or torch.get_num_threads()
 
 
 def _check_shared(configs: Sequence[FitConfig], paths: Sequence[Path]) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ..storage.disk import human_bytes
-from .devices import pick_device
-from .fit import build_trainer, usable_cores
+from .devices import pick_device, usable_cores
+from .fit import build_trainer, step_threads
 from .fit_memory import sweep_bytes
 from .fitconfig import FitConfig
 from .plan import human_time
@@ -74,7 +74,7 @@ def _at_once(configs: Sequence[FitConfig]) -> int:
     """How many step side by side."""
     if pick_device(configs[0].device).type != "cpu":
         return 1
-    return min(max(usable_cores() // (configs[0].threads or 1), 1), len(configs))
+    return min(max(usable_cores() // step_threads(configs[0]), 1), len(configs))
 
 
 def _weights_bytes(shape: StoreShape, config: FitConfig) -> int:
@@ -92,11 +92,10 @@ def _seconds_a_batch(shape: StoreShape, configs: Sequence[FitConfig]) -> float |
     product = configs[0].batch_size * shape.d_in * max(config.d_sae for config in configs)
     if device.type == "cpu" and product > _MOST_PRODUCT:
         return None
-    threads = configs[0].threads or (1 if len(configs) > 1 else torch.get_num_threads())
     measured: dict[tuple[str, int], float] = {}
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(step_threads(configs[0]))
         for config in configs:
             kind = config.arch, config.d_sae
             if kind not in measured:

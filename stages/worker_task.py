@@ -11,7 +11,6 @@ has taken the place of the one it was told of, it compares the manifest before i
 """
 
 import math
-import os
 import socket
 import threading
 import time
@@ -34,7 +33,7 @@ from ..storage.values import Floats, value_type
 from ..storage.writer import SplitWriter
 from .backoff import find_batch_size
 from .calibration import first_rows
-from .devices import DTYPES, pick_device
+from .devices import DTYPES, pick_device, usable_cores
 from .harvest_config import HarvestConfig
 from .harvest_run import BlockPipeline, Pass, device_name
 from .hooks import HookedModel
@@ -69,20 +68,13 @@ def report(device: str, spread: bool, digests: Mapping[str, str]) -> WorkerRepor
     found = worker_device(device, spread)
     return WorkerReport(
         host=socket.gethostname(),
-        cores=_cores(),
+        cores=usable_cores(),
         memory_bytes=provenance.memory_bytes(),
         device=found.type,
         device_name=device_name(found).replace(str(found), found.type, 1),
         versions=provenance.versions(),
         unseen=next((path for path, digest in digests.items() if not _sees(path, digest)), None),
     )
-
-
-def _cores() -> int:
-    """Those that this process may use: a cluster may have given it a part of the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS
 
 
 def _sees(path: str, digest: str) -> bool:

@@ -18,6 +18,13 @@ from .textbook import TOPK_FAMILY, Recipe
 D_IN, D_SAE, BATCH, STEPS = 16, 64, 48, 100
 
 
+def disagreement(ours: Any, theirs: Any) -> float:
+    """max |difference| over the root mean square of what is expected."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    scale = np.sqrt((theirs**2).mean())
+    return float(np.abs(ours - theirs).max() / (scale if scale > 0 else 1))
+
+
 @dataclass(frozen=True)
 class Case:
     """One architecture with its constants; `options` are FitConfig's, by FitConfig's names."""

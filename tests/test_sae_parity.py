@@ -24,7 +24,7 @@ from sae_pipe.stages.fitconfig import FitConfig
 from sae_pipe.stages.sae import ARCHITECTURES
 from sae_pipe.stages.trainer import Trainer
 
-from .parity_cases import CASES, D_IN, D_SAE, Case
+from .parity_cases import CASES, D_IN, D_SAE, Case, disagreement
 from .textbook import TOPK_FAMILY, Textbook
 
 TOLERANCE = 1e-9
@@ -35,13 +35,6 @@ GOLDEN = Path(os.environ.get("SAE_PIPE_GOLDEN", "golden traces are not here"))
 needs_golden = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason="SAE_PIPE_GOLDEN names no folder of the reference trainers' traces"
 )
-
-
-def disagreement(ours: Any, theirs: Any) -> float:
-    """max |difference| over the root mean square of what is expected."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    scale = np.sqrt((theirs**2).mean())
-    return float(np.abs(ours - theirs).max() / (scale if scale > 0 else 1))
 
 
 def ours(case: Case, **changes: Any) -> Trainer:

@@ -14,6 +14,8 @@ import torch
 from sae_pipe.stages.fit import build_trainer
 from sae_pipe.stages.fitconfig import FitConfig
 
+from .parity_cases import disagreement
+
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 TRACES = {"topk": "topk.f64.npz", "matryoshka": "matryoshka_nodead.f64.npz"}
@@ -21,13 +23,6 @@ TRACES = {"topk": "topk.f64.npz", "matryoshka": "matryoshka_nodead.f64.npz"}
 pytestmark = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason="the recorded traces of the reference trainers are not here"
 )
-
-
-def disagreement(ours: Any, theirs: Any) -> float:
-    """max |difference| over the root mean square of what is expected."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    scale = np.sqrt((theirs**2).mean())
-    return float(np.abs(ours - theirs).max() / (scale if scale > 0 else 1))
 
 
 def config_of(meta: dict[str, Any], arch: str, dtype: str) -> FitConfig:
