@@ -8,14 +8,15 @@ residual; the squared error is divided by the residual's variance around its bat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .base import squared_error
 from .selection import largest_of_rows
-from .support import FullSupport, rows_of, support_of
+from .support import DENSE_SHARE, entries_at, flat_nonzero, rows_of
 
 if TYPE_CHECKING:
     from .base import Sae, TrainingPass
@@ -49,15 +50,65 @@ def of_the_dead(sae: Sae, passed: TrainingPass, dead_N: Tensor, k_aux: int) -> T
         pre_BN = pre_BN.to(bias_N.dtype)  # autocast may have made it bfloat16
     else:
         pre_BN = passed.pre_BS.index_select(1, dead_N)
-    kept_BN = pre_BN > 0
-    if k_aux < len(dead_N):
-        index_BK = pre_BN.topk(k_aux, dim=1, sorted=False).indices
-        kept_BN &= torch.zeros_like(kept_BN).scatter_(1, index_BK, True)
-    support = support_of(pre_BN, kept_BN, pre_BN.dtype)
-    values_V = torch.relu(support.encode(passed.centred_BD, w_enc_DN, bias_N))
-    if isinstance(support, FullSupport):
-        values_V = torch.where(kept_BN, values_V, 0)
-    return support.decode(values_V, rows_of(sae.W_dec, dead_N))
+    w_dec_ND = rows_of(sae.W_dec, dead_N)
+    kept_BN = largest_positive(pre_BN, k_aux)
+    if torch.count_nonzero(kept_BN) > DENSE_SHARE * kept_BN.numel():
+        values_BN = pre_BN.mul_(kept_BN)
+        x_hat_BD: Tensor = _Dense.apply(w_enc_DN.T, bias_N, w_dec_ND, values_BN, passed.centred_BD)  # type: ignore[no-untyped-call]
+        return x_hat_BD
+    support = entries_at(pre_BN, flat_nonzero(kept_BN))
+    values_N = torch.relu(support.encode(passed.centred_BD, w_enc_DN, bias_N))
+    return support.decode(values_N, w_dec_ND)
+
+
+def largest_positive(pre_BN: Tensor, k: int) -> Tensor:
+    """Which entries are positive and among the k largest of their row: bool (B, N). For a CPU."""
+    if k >= pre_BN.shape[1]:
+        return pre_BN > 0
+    # The k-th largest of each row by numpy, in less than half the processor time of torch's topk.
+    place = pre_BN.shape[1] - k
+    limit_B1 = np.partition(pre_BN.numpy(), place, axis=1)[:, place, None]
+    kept_BN = (pre_BN >= torch.from_numpy(limit_B1)).logical_and_(pre_BN > 0)
+    tied_B = kept_BN.sum(dim=1) > k
+    if tied_B.any():
+        index_RK = pre_BN[tied_B].topk(k, dim=1, sorted=False).indices
+        kept_BN[tied_B] &= torch.zeros_like(kept_BN[tied_B]).scatter_(1, index_RK, True)
+    return kept_BN
+
+
+class _Dense(torch.autograd.Function):
+    """values @ W_dec for values = relu(x W_enc + bias) that are known already, 0 what is not kept.
+
+    The four products and nothing beside them; in the type that autocast gives the first.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        w_enc_ND: Tensor,
+        bias_N: Tensor,
+        w_dec_ND: Tensor,
+        values_BN: Tensor,
+        x_BD: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(w_dec_ND, values_BN, x_BD)
+        return values_BN @ w_dec_ND
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_BD,), (w_dec_ND, values_BN, x_BD) = grads, ctx.saved_tensors
+        of_products, own = grad_BD.dtype, w_dec_ND.dtype
+        grad_BN = _where_positive(grad_BD @ w_dec_ND.to(of_products).T, values_BN)
+        w_enc_grad_ND = grad_BN.T @ x_BD.to(of_products)
+        w_dec_grad_ND = values_BN.to(of_products).T @ grad_BD
+        bias_grad_N = grad_BN.to(own).sum(dim=0)
+        return w_enc_grad_ND.to(own), bias_grad_N, w_dec_grad_ND.to(own), None, None
+
+
+def _where_positive(grad_BN: Tensor, values_BN: Tensor) -> Tensor:
+    """The gradient of relu: ten times as fast as a mask and `where`, which are not vectorised."""
+    gradient: Tensor = torch.ops.aten.threshold_backward(grad_BN, values_BN.to(grad_BN.dtype), 0)
+    return gradient
 
 
 def behind_a_mask(sae: Sae, passed: TrainingPass, dead_S: Tensor, k_aux: int) -> Tensor:

@@ -71,7 +71,9 @@ class TopK(KSparse):
     def reconstruct(self, x_BD: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
         loss, x_hat_BD = super().reconstruct(x_BD, kept)
         if self.multi_topk:
-            more = self.keep(kept.pre_BS, self.centred(x_BD), min(_MULTI * self.train_k, self.d_sae))
+            more = self.keep(
+                kept.pre_BS, self.centred(x_BD), min(_MULTI * self.train_k, self.d_sae)
+            )
             more_BD = more.support.decode(more.latents_N, self.W_dec) + self.b_dec
             loss = loss + self.multi_topk * squared_error(x_BD, more_BD)
         return loss, x_hat_BD
