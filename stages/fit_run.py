@@ -116,7 +116,7 @@ class Member:
         if not group.is_alone and self.updates % self.schedule.log_every == 0:
             # Each has stepped for itself: other hardware rounds otherwise, and they would part.
             group.check_alike(
-                {f"weights (their sum) after step {self.updates}": weights_digest(self.trainer)},
+                {f"the checksum of weights {self.updates}": weights_digest(self.trainer)},
                 "Start all processes with the same hardware and versions.",
             )
         return values
