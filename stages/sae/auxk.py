@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..parallel import ALONE, Group
 from .base import squared_error
 from .selection import largest_of_rows
 from .support import DENSE_SHARE, entries_at, flat_nonzero, rows_of
+from .whole_batch import spread_and_size
 
 if TYPE_CHECKING:
     from .base import Sae, TrainingPass
@@ -32,13 +34,13 @@ def auxk_loss(
     residual_BD = residual_BD.detach()
     if residual_BD.device.type != "cpu":
         x_hat_BD = behind_a_mask(sae, passed, dead_S, k_aux)
-        return normalised_error(residual_BD, x_hat_BD, dead_S.any())
+        return normalised_error(residual_BD, x_hat_BD, dead_S.any(), sae.group)
     # Asking a CPU how many are dead costs nothing, and they are few: work on them only.
     dead_N = dead_S.nonzero().squeeze(1)
     if len(dead_N) == 0:
         return residual_BD.new_zeros(())
     x_hat_BD = of_the_dead(sae, passed, dead_N, k_aux)
-    return normalised_error(residual_BD, x_hat_BD, dead_S.any())
+    return normalised_error(residual_BD, x_hat_BD, dead_S.any(), sae.group)
 
 
 def of_the_dead(sae: Sae, passed: TrainingPass, dead_N: Tensor, k_aux: int) -> Tensor:
@@ -123,14 +125,20 @@ def behind_a_mask(sae: Sae, passed: TrainingPass, dead_S: Tensor, k_aux: int) ->
     return support.decode(values_N, sae.W_dec)
 
 
-def normalised_error(residual_BD: Tensor, x_hat_BD: Tensor, counts: Tensor) -> Tensor:
-    """||residual - x_hat||^2 over the variance of the residual; 0 unless it counts."""
+def normalised_error(
+    residual_BD: Tensor, x_hat_BD: Tensor, counts: Tensor, group: Group = ALONE
+) -> Tensor:
+    """||residual - x_hat||^2 over the variance of the residual; 0 unless it counts.
+
+    The variance is that of the whole batch, of which the group's other processes have rows.
+    """
     error = squared_error(residual_BD, x_hat_BD)
-    spread = torch.linalg.vector_norm(residual_BD - residual_BD.mean(dim=0))
-    variance = spread.square() / len(residual_BD)
+    spread, norm = spread_and_size(residual_BD, residual_BD, group)
+    n_rows = len(residual_BD) * group.world_size
+    variance = spread.square() / n_rows
     # One row, or equal rows, have a variance of 0 up to rounding: dividing by that would blow up.
     rounding = (16 * torch.finfo(residual_BD.dtype).eps) ** 2
-    size = torch.linalg.vector_norm(residual_BD).square() / len(residual_BD)
+    size = norm.square() / n_rows
     counts = counts & (variance > rounding * size)
     # The denominator is made safe before the division: 0 * NaN in the backward pass is NaN.
     loss = error / torch.where(counts, variance, 1)

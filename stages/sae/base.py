@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...storage.errors import InputError
+from ..parallel import ALONE, Group
 from .initialise import unit_rows
 from .support import SparseSupport, Support, entries_at, row_dots, support_of
 
@@ -31,6 +32,7 @@ class TrainingPass:
     """What one pass over a batch gives the trainer.
 
     loss: all terms but the auxiliary loss of dead latents; parts: its terms, for the log
+    (of the rows of this process, if there are more: whole_batch.py)
     pre_BS: pre-activations of all latents, without gradients, in memory that the next pass of any
         SAE of the thread reuses
     fired_S: which latents were active on at least one row; l0: active latents per row, mean over B
@@ -89,6 +91,7 @@ class Sae(nn.Module, ABC):
     # How the fit goes about it; no part of what is saved.
     reference: bool = False  # the reference trainers' behaviour where ours is another
     low_precision: bool = False  # latents are chosen by bfloat16 products
+    group: Group = ALONE  # the processes that have the other rows of a batch
 
     def __init__(self, *, d_in: int, d_sae: int, k: int | None) -> None:
         super().__init__()

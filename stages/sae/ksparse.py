@@ -54,7 +54,8 @@ class KSparse(Sae):
     @torch.no_grad()
     def start_from(self, x_BD: Tensor) -> None:
         """b_dec becomes the geometric median of the first batch."""
-        self.b_dec.copy_(geometric_median(x_BD))
+        whole_BD = self.group.gather(x_BD).flatten(0, 1)
+        self.b_dec.copy_(geometric_median(whole_BD))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *rest: object
