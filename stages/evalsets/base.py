@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...storage.errors import InputError
-from ...storage.evalset import Task
+from ...storage.evalset import SPLITS, Task
 from ...storage.evalset_writer import Contents
 from ..models import ModelInfo
 from ..tokens import TextTokenizer
@@ -196,6 +196,18 @@ def add_texts(draft: Draft, making: Making, texts: Iterable[Labelled]) -> None:
                 draft.dropped[f"{task}: {ONLY_SINK if len(tokens_T) else EMPTY}"] += 1
                 continue
             draft.add(whole_T, positions_P, labelled)
+
+
+def check_classes(draft: Draft, splits: Sequence[int]) -> None:
+    """InputError unless every class of the last task has an item in each of the splits."""
+    task = draft.tasks[-1]
+    for split in splits:
+        for label, name in enumerate(task.classes):
+            if not draft.count(split, label):
+                raise InputError(
+                    f"Task {task.name} has no {SPLITS[split]} text of class {name!r} left. Pass a "
+                    "larger --limit, or other tasks with --task."
+                )
 
 
 def batches_of(values: Iterable[Labelled], size: int) -> Iterator[list[Labelled]]:

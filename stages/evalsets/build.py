@@ -62,7 +62,8 @@ def build(config: EvalSetConfig, *, say: Say = print, show_progress: bool = True
     draft: Draft = config.kind.draft(making)
     chunk_rows = _chunk_rows(draft)
     _say_plan(draft, making, say)
-    check_room(config.out, _n_rows(draft) * info.d_model * 4)
+    if begun is None:
+        check_room(config.out, _n_rows(draft) * info.d_model * 4)
     model = load_truncated(info, (config.layer,), config.hook, device, dtype)
     with sole_writer(config.out, "Evaluation set"):
         if begun is None and (config.out / MANIFEST).is_file():

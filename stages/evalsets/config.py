@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...storage.errors import InputError
+from ...storage.files import file_digest
 from ..taps import DEFAULT_HOOK
 from . import SUITES, Suite, get_suite
 
@@ -112,6 +113,9 @@ class EvalSetConfig:
         asked |= {"tasks": list(self.tasks), "seed": self.drawn_with, "position": self.pooling}
         for name in ("model", "csv", "ood_csv", "store", "text"):
             asked[name] = _whole_path(asked[name])
+        for name, path in (("csv", self.csv), ("ood_csv", self.ood_csv)):
+            if path is not None and path.is_file():  # an edited file is another one
+                asked[f"{name}_sha256"] = file_digest(path)
         return asked
 
 

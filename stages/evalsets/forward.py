@@ -64,7 +64,7 @@ def rows_from(
     positions: those of each context that yield a row; n_tokens: of a batch; advance: called with
     the tokens that have gone through the model. Raises NonFiniteError where one is NaN or Inf.
     """
-    (layer,) = model.layers
+    (layer,), fitting = model.layers, n_tokens
     end_C = np.cumsum([len(positions_P) for positions_P in positions])
     for block in blocks(contexts):
         if end_C[block.stop - 1] <= first_row:
@@ -77,10 +77,15 @@ def rows_from(
             for row, context in enumerate(batch.tolist()):
                 tokens_T = contexts[block.start + context]
                 ids_BT[row, : len(tokens_T)] = torch.from_numpy(tokens_T.astype(np.int64))
-            for part, activations in BatchRunner(model, len(batch)).run(ids_BT):
+            # What did not fit once would not fit again, and each failure costs a pass.
+            most = max(1, min(len(batch), fitting // ids_BT.shape[1]))
+            runner = BatchRunner(model, most)
+            for part, activations in runner.run(ids_BT):
                 _put(
                     activations[layer], batch[part] + block.start, positions, end_C, start, rows_RD
                 )
+            if runner.n_contexts < most:
+                fitting = runner.n_contexts * ids_BT.shape[1]
             advance(int(lengths_C[batch].sum()))
         yield rows_RD[max(first_row - start, 0) :]
 

@@ -12,9 +12,8 @@ order, as the label encoder of sae-probes does.
 import numpy as np
 from numpy.typing import NDArray
 
-from ...storage.errors import InputError
 from ...storage.evalset import OOD, TEST, TRAIN, Task
-from .base import Draft, Labelled, Making, add_texts
+from .base import Draft, Labelled, Making, add_texts, check_classes
 from .published import DATA, balanced_draw, chosen_tasks, encoded
 from .wheel import Rows, Tables, open_tables
 
@@ -52,8 +51,6 @@ def _add_task(made: Draft, making: Making, tables: Tables, name: str) -> None:
 
     fewest = 2 * int(np.bincount(label_R, minlength=2).min())
     n_train = min(making.config.limit or TRAIN_ROWS, fewest)
-    if n_train < 2:
-        raise InputError(f"Task {name} has {len(rows)} rows, and none to train on.")
     train, _ = balanced_draw(label_R, n_train, 0, making.seed)
     add_texts(made, making, _texts(rows, label_R, train, TRAIN))
     rest = np.setdiff1d(np.arange(len(rows)), train)
@@ -63,6 +60,7 @@ def _add_task(made: Draft, making: Making, tables: Tables, name: str) -> None:
         made.dropped[f"{name}: {_SEEN}"] += int((~is_new).sum())
     add_texts(made, making, _texts(rows, label_R, rest[is_new], TEST))
     add_texts(made, making, _texts(ood_rows, ood_label_R, np.arange(len(ood_rows)), OOD))
+    check_classes(made, (TRAIN, TEST, OOD))
 
 
 def _texts(

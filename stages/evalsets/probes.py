@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...storage.evalset import TEST, TRAIN, Task
-from .base import Draft, Labelled, Making, add_texts
+from .base import Draft, Labelled, Making, add_texts, check_classes
 from .published import DATA, balanced_draw, chosen_tasks, encoded
 from .wheel import Rows, Tables, open_tables
 
@@ -36,19 +36,20 @@ def _add_task(made: Draft, making: Making, tables: Tables, name: str) -> None:
     texts_R = once_each(made, name, rows, label_R)
     label_T = label_R[texts_R]
     most = 2 * int(np.bincount(label_T, minlength=2).min())  # that are balanced
-    limit = making.config.limit or max(TRAIN_TEXTS, TEST_TEXTS)
-    n_train = min(TRAIN_TEXTS, limit, most - min(_LEAST_TEST, limit)) // 2 * 2
-    if n_train < min(_LEAST_TRAIN, limit // 2 * 2) or n_train < 2:
-        made.dropped[f"{name}: task with {len(texts_R)} texts, fewer than a probe needs"] += len(
-            texts_R
-        )
+    wanted_train, wanted_test = (
+        min(n, making.config.limit or n) for n in (TRAIN_TEXTS, TEST_TEXTS)
+    )
+    n_train = min(wanted_train, most - min(_LEAST_TEST, wanted_test)) // 2 * 2
+    n_test = min(wanted_test, most - n_train) // 2 * 2
+    if n_train < min(_LEAST_TRAIN, wanted_train):
+        made.dropped[f"{name}: task with fewer texts than a probe needs"] += len(rows)
         return
-    n_test = min(TEST_TEXTS, limit, most - n_train) // 2 * 2
     made.tasks.append(Task(name, classes, None, ""))
     train, test = balanced_draw(label_T, n_train, n_test, making.seed)
     for chosen, split in ((train, TRAIN), (test, TEST)):
         labelled = [Labelled(rows[i]["prompt"], int(label_R[i]), split) for i in texts_R[chosen]]
         add_texts(made, making, labelled)
+    check_classes(made, (TRAIN, TEST))
 
 
 def once_each(made: Draft, name: str, rows: Rows, label_R: NDArray[np.int64]) -> NDArray[np.int64]:

