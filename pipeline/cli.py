@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .cli_demo import demo
+from .cli_evalset import app as eval_set
 from .cli_fit import fit
 from .cli_harvest import harvest
 from .cli_inspect import inspect
@@ -28,6 +29,7 @@ app.command("sweep")(sweep)
 app.command("inspect")(inspect)
 app.command("demo")(demo)
 app.add_typer(store, name="store")
+app.add_typer(eval_set, name="eval-set")
 
 
 def _print_version(wanted: bool) -> None:
