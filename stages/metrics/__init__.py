@@ -30,12 +30,15 @@ class Entry(NamedTuple):
 
 
 METRICS: dict[str, Entry] = {
+    "ablation_sparsity": Entry("ablation_sparsity:AblationSparsity", "text"),
     "cosine": Entry("cosine:Cosine", "rows"),
     "dead_fraction": Entry("dead_fraction:DeadFraction", "rows"),
     "density": Entry("density:Density", "rows"),
+    "downstream": Entry("downstream:Downstream", "text"),
     "explained_variance": Entry("explained_variance:ExplainedVariance", "rows"),
     "fvu": Entry("fvu:Fvu", "rows"),
     "gamma": Entry("gamma:Gamma", "rows"),
+    "ito": Entry("ito:Ito", "rows"),
     "l0": Entry("l0:L0", "rows"),
     "l1": Entry("l1:L1", "rows"),
     "mse": Entry("mse:Mse", "rows"),
