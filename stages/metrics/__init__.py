@@ -51,10 +51,15 @@ def get_metric(name: str, **options: Any) -> Any:
 
     InputError lists the known ones.
     """
+    return metric_class(name)(**options)
+
+
+def metric_class(name: str) -> Any:
+    """The class of that name; InputError lists the known ones."""
     if name not in METRICS:
         raise InputError(f"Unknown metric {name!r}: choose one of {', '.join(sorted(METRICS))}.")
     module, _, attribute = METRICS[name].where.partition(":")
-    return getattr(import_module(f".{module}", __name__), attribute)(**options)
+    return getattr(import_module(f".{module}", __name__), attribute)
 
 
 def names_of(needs: Needs) -> list[str]:
@@ -90,4 +95,4 @@ def evaluate(
     return {key: value for judge in judges for key, value in judge.values(data).items()}
 
 
-__all__ = ["METRICS", "Entry", "evaluate", "get_metric", "names_of"]
+__all__ = ["METRICS", "Entry", "evaluate", "get_metric", "metric_class", "names_of"]
