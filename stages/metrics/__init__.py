@@ -31,6 +31,7 @@ class Entry(NamedTuple):
 
 METRICS: dict[str, Entry] = {
     "ablation_sparsity": Entry("ablation_sparsity:AblationSparsity", "text"),
+    "compat_saebench": Entry("compat_saebench:CompatSaebench", "rows", by_default=False),
     "cosine": Entry("cosine:Cosine", "rows"),
     "dead_fraction": Entry("dead_fraction:DeadFraction", "rows"),
     "density": Entry("density:Density", "rows"),
@@ -43,6 +44,7 @@ METRICS: dict[str, Entry] = {
     "l1": Entry("l1:L1", "rows"),
     "mse": Entry("mse:Mse", "rows"),
     "mse_per_token": Entry("mse_per_token:MsePerToken", "rows"),
+    "probe_loss": Entry("probe_loss:ProbeLoss", "items"),
 }
 
 
