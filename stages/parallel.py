@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,9 @@ class Group:
     """A process by itself: every exchange gives back what it is given. See `Processes`."""
 
     place = Place()
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # of an SAE that is copied: the processes are the same
 
     @property
     def world_size(self) -> int:
