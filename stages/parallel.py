@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,9 @@ class Group:
     """A process by itself: every exchange gives back what it is given. See `Processes`."""
 
     place = Place()
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # of an SAE that is copied: the processes are the same
 
     @property
     def world_size(self) -> int:
@@ -153,15 +156,21 @@ class Processes(Group):
         device = pick_device(name)
         if device.type == "cpu":
             return device
-        how = f"--device {name}, which is {device.type} here,"
         if device.type != "cuda":
-            raise InputError(f"{how} is not for several processes. Pass --device cpu.")
-        n_devices = torch.cuda.device_count()
-        if device.index is not None or self.place.local_size > n_devices:
             raise InputError(
-                f"Each process takes a GPU of its own, but {self.place.local_size} on a machine "
-                f"were started with --device {name}, and there are {n_devices}. Pass --device cuda, "
-                "and start as many processes as there are GPUs."
+                f"--device {name} means {device.type} here, which is not for several processes. "
+                "Pass --device cpu."
+            )
+        if device.index is not None:
+            raise InputError(
+                f"--device {name} is one GPU, and each of {self.world_size} processes takes its "
+                "own. Pass --device cuda."
+            )
+        if self.place.local_size > torch.cuda.device_count():
+            raise InputError(
+                f"Each process takes a GPU of its own, but {self.place.local_size} were started on "
+                f"a machine with {torch.cuda.device_count()}. Start as many as there are GPUs, or "
+                "pass --device cpu."
             )
         return torch.device("cuda", self.place.local_rank)
 

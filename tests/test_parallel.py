@@ -197,7 +197,7 @@ def test_errors_are_raised_by_both_processes_alike(found: list[dict[str, Any]]) 
                 r"with the same command, store and versions\."
             ),
         ),
-        ("device", "InputError", r"(Device 'cuda' was asked for|Each process takes a GPU of).*"),
+        ("device", "InputError", r"(Device .cuda. was asked for|--device cuda:0 is one GPU).*"),
         (
             "nan",
             "NonFiniteError",
