@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..storage.errors import InputError
+from .adam import Adam, Bfloat16Adam, FusedAdam
 from .fitconfig import FitConfig, Schedule
 from .sae.auxk import auxk_loss
 from .sae.base import Sae, TrainingPass
@@ -31,7 +32,6 @@ NEVER = torch.iinfo(torch.int64).max
 # Of the controller that leads to an L0, over a whole run: how far log(coefficient) can go.
 _CONTROL_RANGE = 50.0
 _MOST_GAIN = 0.02
-_MOMENTS = {"adam_m": "exp_avg", "adam_v": "exp_avg_sq"}  # in a state: in Adam
 
 
 class Trainer:
@@ -57,13 +57,7 @@ class Trainer:
             name: torch.nn.Parameter(value.detach().T) if name == "W_enc" else value
             for name, value in self.sae.named_parameters()
         }
-        self.optimizer = torch.optim.Adam(
-            self._stepped.values(),
-            lr=schedule.lr,
-            betas=schedule.betas,
-            eps=config.eps,
-            fused=device.type != "mps",
-        )
+        self.adam = self._make_adam()
         self.sparsity = self._make_sparsity()
         self.annealing = sae.prepare(config, schedule) if isinstance(sae, PAnneal) else None
         self.resampler = (
@@ -71,6 +65,12 @@ class Trainer:
             if config.resample_steps is None
             else Resampler(sae, config.resample_steps, config.seed, device)
         )
+
+    def _make_adam(self) -> Adam:
+        constants: dict[str, Any] = {"betas": self.schedule.betas, "eps": self.config.eps}
+        if self.config.optimizer_state == "bfloat16":
+            return Bfloat16Adam(self._stepped, **constants, seed=self.config.seed)
+        return FusedAdam(self._stepped, **constants)
 
     def _make_sparsity(self) -> Sparsity | None:
         config, plan = self.config, self.schedule
@@ -176,11 +176,10 @@ class Trainer:
         if self.sae.has_unit_rows:
             project_gradient_(self.sae.W_dec, epsilon)
         grad_norm = self._clip()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        self.adam.plan(self.lr, self.updates)
         w_enc_grad = self.sae.W_enc.grad
         self._stepped["W_enc"].grad = None if w_enc_grad is None else w_enc_grad.T
-        self.optimizer.step()
+        self.adam.step()
         if isinstance(self.sae, KSparse) and self.config.k_anneal_steps is not None:
             self.sae.train_k = annealed_k(
                 self.updates,
@@ -198,8 +197,7 @@ class Trainer:
     def _forget(self, latent_N: Tensor) -> None:
         """Adam starts anew with latents that were resampled."""
         for name in ("W_enc", "W_dec", "b_enc") if len(latent_N) else ():
-            for key in _MOMENTS.values():
-                self.optimizer.state[self._stepped[name]][key].index_fill_(0, latent_N, 0)
+            self.adam.forget_(name, latent_N)
 
     def _clip(self) -> Tensor:
         """The total norm of the gradients, which are scaled down to grad_clip where it is more."""
@@ -229,11 +227,9 @@ class Trainer:
     def state_dict(self) -> dict[str, Tensor]:
         """Every number that the next step depends on, as a flat dict of tensors."""
         state = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
-        for name, stepped in self._stepped.items():
-            moments = self.optimizer.state.get(stepped, {})
-            for moment, key in _MOMENTS.items():
-                value = moments.get(key, torch.zeros_like(stepped))
-                state[f"{moment}.{name}"] = value.T if name == "W_enc" else value
+        for name in self._stepped:
+            for moment, value in self.adam.moments(name).items():
+                state[f"adam_{moment}.{name}"] = value.T if name == "W_enc" else value
         for part in self._parts:
             state |= part.state_dict()
         state["tokens_since_fired"] = self.dead.tokens_since_fired_S
@@ -260,20 +256,12 @@ class Trainer:
         self.dead.tokens_since_fired_S = saved["tokens_since_fired"].clone()
         self.first_bad_step = saved["first_bad_step"].clone()
         # lr follows from the number of updates; a saved one only documents it.
-        for name, stepped in self._stepped.items():
-            moments = {key: saved[f"{moment}.{name}"] for moment, key in _MOMENTS.items()}
-            self.optimizer.state[stepped] = {
-                "step": torch.tensor(float(self.updates), device=self._adam_step_device),
-                **{
-                    key: torch.empty_like(stepped).copy_(value.T if name == "W_enc" else value)
-                    for key, value in moments.items()
-                },
-            }
-
-    @property
-    def _adam_step_device(self) -> torch.device:
-        fused = self.optimizer.defaults["fused"]
-        return self.device if fused else torch.device("cpu")
+        moments = {
+            name: {moment: saved[f"adam_{moment}.{name}"] for moment in self.adam.MOMENTS}
+            for name in self._stepped
+        }
+        moments["W_enc"] = {moment: value.T for moment, value in moments["W_enc"].items()}
+        self.adam.load(moments, self.updates)
 
 
 def _explained_variance(x_BD: Tensor, residual_BD: Tensor) -> Tensor:
