@@ -228,6 +228,14 @@ def fit(
             rich_help_panel=_RUN,
         ),
     ] = FitConfig.optimizer_state,
+    capture: Annotated[
+        bool,
+        typer.Option(
+            "--capture/--no-capture",
+            help="On a CUDA device, record a step once and replay it: the same numbers, sooner.",
+            rich_help_panel=_RUN,
+        ),
+    ] = FitConfig.capture,
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Minutes between checkpoints.", rich_help_panel=_RUN)
     ] = FitConfig.checkpoint_minutes,

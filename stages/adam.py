@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -52,6 +53,10 @@ class Adam(ABC):
     def load(self, moments: Mapping[str, Mapping[str, Tensor]], updates: int) -> None:
         """Take up the moments of all parameters, and how many steps they come from."""
 
+    def recorded(self) -> AbstractContextManager[None]:
+        """To be entered while a step is recorded for a replay."""
+        return nullcontext()
+
     @torch.no_grad()
     def forget_(self, name: str, row_N: Tensor) -> None:
         """Set the moments of some rows of a parameter to 0."""
@@ -69,14 +74,31 @@ class FusedAdam(Adam):
     ) -> None:
         super().__init__(parameters, betas=betas, eps=eps)
         self._device = next(iter(parameters.values())).device
-        self._fused = self._device.type != "mps"
+        self._fused = self._device.type in ("cpu", "cuda")
+        # The fused kernels read the rate from a tensor, of float32 on a GPU.
+        on_cpu = self._device.type == "cpu"
+        self._lr = torch.zeros(
+            (), dtype=torch.float64 if on_cpu else torch.float32, device=self._device
+        )
+        lr = self._lr if self._fused else 0.0
         self._optimizer = torch.optim.Adam(
-            self.parameters.values(), betas=betas, eps=eps, fused=self._fused
+            self.parameters.values(), lr=lr, betas=betas, eps=eps, fused=self._fused
         )
 
     def plan(self, lr: float, updates: int) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        if self._fused:
+            self._lr.fill_(lr)
+        else:
+            self._optimizer.param_groups[0]["lr"] = lr
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        group = self._optimizer.param_groups[0]
+        group["capturable"] = True  # of eager steps torch would ask what it is for
+        try:
+            yield
+        finally:
+            group["capturable"] = False
 
     def step(self) -> None:
         self._optimizer.step()
@@ -134,10 +156,12 @@ class Bfloat16Adam(Adam):
         self._bits = CountedBits(n_elements, device)
         largest = max(value.numel() for value in values)
         slab = min(_SLAB_BLOCKS.get(device.type, 1) * BLOCK, largest)
-        self._floats = [torch.empty(slab, device=device) for _ in range(3)]
+        self._floats = [torch.empty(slab, dtype=torch.float32, device=device) for _ in range(3)]
         self._ints = [torch.empty(slab, dtype=torch.int32, device=device) for _ in range(2)]
         # -lr / (1 - beta1^t), and 1 / sqrt(1 - beta2^t)
-        self._minus_rate, self._v_scale = (torch.zeros((), device=device) for _ in range(2))
+        self._minus_rate, self._v_scale = (
+            torch.zeros((), dtype=torch.float32, device=device) for _ in range(2)
+        )
 
     def plan(self, lr: float, updates: int) -> None:
         done = updates + 1

@@ -64,6 +64,7 @@ class FitConfig:
             ones in float32; dtype bfloat16 does that and its other products in bfloat16.
         optimizer_state: of Adam's two moments, float32 (with dtype float64: float64), or bfloat16 with
             stochastic rounding, which is half the memory.
+        capture: on a CUDA device, record a step once and replay it; it changes no number.
         reference: do as the reference trainers do where we differ on purpose (docs/recipes.md).
     Bookkeeping (changes no weight):
         log_every: steps between lines of metrics.jsonl; None is about a thousand lines a run.
@@ -129,6 +130,7 @@ class FitConfig:
     dtype: str = "float32"
     selection: str = "exact"
     optimizer_state: str = "float32"
+    capture: bool = True
     reference: bool = False
 
     log_every: int | None = None

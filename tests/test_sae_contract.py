@@ -20,7 +20,8 @@ from sae_pipe.stages.fitconfig import FitConfig
 from sae_pipe.stages.sae import ARCHITECTURES, get_architecture, load_sae
 from sae_pipe.stages.sae.auxk import (
     auxk_loss,
-    behind_a_mask,
+    by_entries,
+    by_matrices,
     normalised_error,
     of_the_dead,
 )
@@ -315,7 +316,7 @@ def test_k_is_annealed_from_d_in_after_the_first_update(k_sparse: str) -> None:
 @pytest.mark.parametrize("n_dead", [1, 5, 6, 7, 40, D_SAE])
 @pytest.mark.parametrize("bias", [0.0, -1.5])  # many and few candidates: dense and sparse products
 def test_auxk_on_the_dead_only_is_auxk_behind_a_mask(n_dead: int, bias: float) -> None:
-    """A CPU takes the first way, a GPU the second; k_aux is 6 here."""
+    """A CPU takes the first way, a GPU the second or the third; k_aux is 6 here."""
     trainer = build_trainer(config_of("topk", dtype="float64"), D_IN)
     sae, random = trainer.sae, torch.Generator().manual_seed(n_dead)
     with torch.no_grad():
@@ -326,15 +327,17 @@ def test_auxk_on_the_dead_only_is_auxk_behind_a_mask(n_dead: int, bias: float) -
     results = []
     for x_hat_BD in (
         of_the_dead(sae, passed, dead_S.nonzero().squeeze(1), 6),
-        behind_a_mask(sae, passed, dead_S, 6),
+        by_entries(sae, passed, dead_S, 6),
+        by_matrices(sae, passed, dead_S, 6),
     ):
         sae.zero_grad()
         loss = normalised_error(residual_BD, x_hat_BD, dead_S.any())
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
         results.append([loss.detach(), *(torch.zeros(1) if g is None else g for g in gradients)])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+    for own, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, own, rtol=1e-12, atol=1e-15)
     assert results[0][0] > 0
     # The whole sum of kept candidates, written out.
     candidates_BS = torch.relu((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc).masked_fill(~dead_S, 0)

@@ -9,7 +9,8 @@ folded into biases and threshold, so that a loaded one takes raw activations.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -67,6 +68,7 @@ class Sae(nn.Module, ABC):
     # How the fit goes about it; no part of what is saved.
     reference: bool = False  # the reference trainers' behaviour where ours is another
     low_precision: bool = False  # latents are chosen by bfloat16 products
+    low_products: bool = False  # full matrices are multiplied in bfloat16, off the CPU
 
     def __init__(self, *, d_in: int, d_sae: int, k: int | None) -> None:
         super().__init__()
@@ -131,6 +133,15 @@ class Sae(nn.Module, ABC):
         sparsity: weight of the sparsity term in this step.
         """
 
+    @contextmanager
+    def own_workspace(self) -> Iterator[Workspace]:
+        """Passes inside work in memory that stays for as long as what this yields is held."""
+        before, self._workspace = self._workspace, Workspace()
+        try:
+            yield self._workspace
+        finally:
+            self._workspace = before
+
     def centred(self, x_BD: Tensor) -> Tensor:
         """What the encoder's product takes, without gradients: b_dec's comes by `encoder_bias`."""
         return x_BD - self.b_dec.detach() if self.subtracts_b_dec else x_BD
@@ -176,7 +187,8 @@ class Sae(nn.Module, ABC):
         self, pre_BS: Tensor, centred_BD: Tensor, bias_S: Tensor | None, wanted_BS: Tensor
     ) -> Support:
         """The support of the wanted entries, whichever form is faster."""
-        support = support_of(pre_BS, wanted_BS, self.W_dec.dtype)
+        dtype = self.W_dec.dtype
+        support = support_of(pre_BS, wanted_BS, dtype, low_products=self.low_products)
         if isinstance(support, SparseSupport) and self.low_precision:
             return self._exact(support, centred_BD, bias_S)
         return support

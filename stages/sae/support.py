@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .asking import may_ask
+
 # Of all (row, latent) pairs: beyond this share the dense products are faster on a CPU.
 DENSE_SHARE = 0.1
 _SUM = 0  # embedding_bag's number for it
@@ -96,16 +98,22 @@ class SparseSupport(Support):
 class FullSupport(Support):
     """All latents of all rows, as matrices."""
 
-    def __init__(self, pre_BS: Tensor) -> None:
-        """pre_BS: what `encode` gives, without gradients."""
-        self.pre_BS, self.n_rows = pre_BS, len(pre_BS)
+    def __init__(self, pre_BS: Tensor, *, low_products: bool = False) -> None:
+        """pre_BS: what `encode` gives, without gradients; low_products: multiply in bfloat16."""
+        self.pre_BS, self.n_rows, self.low_products = pre_BS, len(pre_BS), low_products
 
     def encode(self, x_BD: Tensor, w_enc_DS: Tensor, bias_S: Tensor | None) -> Tensor:
-        values: Tensor = _EncodeAll.apply(w_enc_DS.T, bias_S, x_BD, self.pre_BS)  # type: ignore[no-untyped-call]
+        values: Tensor = _EncodeAll.apply(w_enc_DS.T, bias_S, x_BD, self)  # type: ignore[no-untyped-call]
         return values
 
     def decode(self, values_V: Tensor, w_dec_SD: Tensor) -> Tensor:
-        return values_V @ w_dec_SD
+        return self.product(values_V, w_dec_SD)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """left @ right, in the type of left. Tensor cores add up in float32 whatever they multiply."""
+        if not self.low_products:
+            return left @ right
+        return (left.bfloat16() @ right.bfloat16()).to(left.dtype)
 
     def per_latent(self, parameter_S: Tensor) -> Tensor:
         return parameter_S
@@ -117,17 +125,19 @@ class FullSupport(Support):
         return values_V.detach().sum(dim=0)
 
 
-def support_of(pre_BS: Tensor, wanted_BS: Tensor, dtype: torch.dtype) -> Support:
+def support_of(
+    pre_BS: Tensor, wanted_BS: Tensor, dtype: torch.dtype, *, low_products: bool = False
+) -> Support:
     """The support of the wanted entries: sparse on a CPU when they are few, else full.
 
     How many there are is only asked on a CPU, where asking costs nothing: a GPU would wait for it.
-    dtype: of the values.
+    dtype: of the values; low_products: of a full one.
     """
-    if pre_BS.device.type == "cpu":
+    if may_ask(pre_BS):
         n_wanted = int(torch.count_nonzero(wanted_BS))
         if n_wanted <= DENSE_SHARE * wanted_BS.numel():
             return entries_at(pre_BS, flat_nonzero(wanted_BS))
-    return FullSupport(pre_BS.to(dtype))
+    return FullSupport(pre_BS.to(dtype), low_products=low_products)
 
 
 def entries_at(pre_BS: Tensor, flat_N: Tensor) -> SparseSupport:
@@ -218,16 +228,17 @@ class _EncodeAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, w_enc_SD: Tensor, bias_S: Tensor | None, x_BD: Tensor, pre_BS: Tensor
+        ctx: Any, w_enc_SD: Tensor, bias_S: Tensor | None, x_BD: Tensor, support: FullSupport
     ) -> Tensor:
         ctx.save_for_backward(x_BD)
-        return pre_BS.view_as(pre_BS)
+        ctx.support = support
+        return support.pre_BS.view_as(support.pre_BS)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BS,), (x_BD,) = grads, ctx.saved_tensors
         bias_grad_S = grad_BS.sum(dim=0) if ctx.needs_input_grad[1] else None
-        w_grad_SD = grad_BS.T @ x_BD if ctx.needs_input_grad[0] else None
+        w_grad_SD = ctx.support.product(grad_BS.T, x_BD) if ctx.needs_input_grad[0] else None
         return w_grad_SD, bias_grad_S, None, None
 
 
