@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from sae_pipe.stages.captured import EAGER_STEPS
-from sae_pipe.stages.fit import build_trainer
 from sae_pipe.stages.fitconfig import FitConfig
 from sae_pipe.stages.sae import get_architecture
 from sae_pipe.stages.sae.asking import may_ask, without_asking
@@ -26,27 +25,11 @@ from sae_pipe.stages.sae.initialise import geometric_median
 from sae_pipe.stages.sae.support import FullSupport
 from sae_pipe.stages.trainer import Trainer
 
+from .gpu_cases import ALL_CASES, FIRST_OF_ARCH, MORE_CASES, VARIANTS, trainer_of
 from .parity_cases import BATCH, CASES, D_IN, STEPS, Case
 from .taped import NeverWaits, Tape, WouldWait
 
 META = torch.device("meta")
-VARIANTS: dict[str, dict[str, Any]] = {
-    "float32": {"dtype": "float32"},
-    "bf16 selection": {"dtype": "float32", "selection": "bf16"},
-    "bfloat16": {"dtype": "bfloat16"},
-    "bfloat16 moments": {"dtype": "float32", "optimizer_state": "bfloat16"},
-}
-MORE_CASES = {
-    "multi_topk": Case("topk", CASES["topk"].options | {"multi_topk": 1 / 8}),
-    "k annealed": Case("batch_topk", CASES["batch_topk"].options | {"k_anneal_steps": 20}),
-    "few of many dead": Case("topk", CASES["topk"].options | {"k_aux": 2}),  # entry by entry
-    "led to an L0": Case("gated", CASES["gated"].options | {"sparsity": None, "k": 6}),
-    "p_anneal led to an L0": Case(
-        "p_anneal", CASES["p_anneal"].options | {"sparsity": None, "k": 6}
-    ),
-}
-ALL_CASES = CASES | MORE_CASES
-FIRST_OF_ARCH = {case.arch: case for case in reversed(ALL_CASES.values())}
 of_every_case = pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES)
 
 
@@ -56,15 +39,6 @@ def float64_by_default() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def trainer_of(case: Case, **changes: Any) -> Trainer:
-    trainer = build_trainer(FitConfig(**(case.fit_options | changes)), D_IN)
-    start = case.start()
-    with torch.no_grad():
-        for name, parameter in trainer.sae.named_parameters():
-            parameter.copy_(start[name])
-    return trainer
 
 
 @pytest.fixture(scope="module")

@@ -445,22 +445,3 @@ def test_damaged_runs_are_refused_in_one_sentence(tmp_path: Path) -> None:
     refused(f"{run} is not a run: config.json does not name the format 'sae-pipe run'.")
     (run / "config.json").write_text("{")
     refused(f"{run / 'config.json'} is damaged: it is not JSON")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_on_a_gpu_never_waits_and_agrees_with_the_cpu(arch: str) -> None:
-    changes: dict[str, Any] = {"dead_after_tokens": 256, "threshold_start": 20, "dtype": "float64"}
-    on_cpu = build_trainer(config_of(arch, **changes), D_IN)
-    on_gpu = build_trainer(config_of(arch, **changes, device="cuda"), D_IN)
-    for step in range(60):
-        batch = some_rows(128, step)
-        on_cpu.step(batch)
-        moved = batch.cuda()
-        if step > 1:  # the first fills caches; its geometric median asks whether it has converged
-            torch.cuda.set_sync_debug_mode("error")
-        on_gpu.step(moved)
-        torch.cuda.set_sync_debug_mode("default")
-    for name, value in on_cpu.state_dict().items():
-        theirs = on_gpu.state_dict()[name].cpu()
-        torch.testing.assert_close(theirs, value, rtol=1e-6, atol=1e-9, msg=name)
