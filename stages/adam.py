@@ -21,7 +21,7 @@ from ..storage.counter import stream_key
 from .rounding import BLOCK, CountedBits, as_int32, high_half, low_half, round_into
 
 # Elements whose moments are float32 at the same time: on a CPU what stays in the cache.
-_SLAB_BLOCKS = {"cpu": 1, "cuda": 64}
+_SLAB_BLOCKS = {"cpu": 1, "cuda": 16}
 
 
 class Adam(ABC):

@@ -22,7 +22,7 @@ from sae_pipe.stages.fitconfig import FitConfig
 from sae_pipe.stages.sae import get_architecture
 from sae_pipe.stages.sae.asking import may_ask, without_asking
 from sae_pipe.stages.sae.initialise import geometric_median
-from sae_pipe.stages.sae.support import FullSupport
+from sae_pipe.stages.sae.support import FullSupport, SparseSupport
 from sae_pipe.stages.trainer import Trainer
 
 from .gpu_cases import ALL_CASES, FIRST_OF_ARCH, MORE_CASES, VARIANTS, trainer_of
@@ -290,6 +290,26 @@ def test_a_geometric_median_without_asking_is_the_one_with() -> None:
         with without_asking(), NeverWaits():
             found = geometric_median(x_BD)
         assert torch.equal(found, own)
+
+
+@pytest.mark.parametrize("n_entries", [0, 1, 63, 64, 65, 1000])
+def test_sums_of_pieces_are_the_sums(n_entries: int) -> None:
+    random = torch.Generator().manual_seed(n_entries)
+    # Some latents are in no row, one is in most.
+    latent_N = torch.randint(0, 30, (n_entries,), generator=random).clamp(max=20)
+    row_N = torch.arange(n_entries)
+    values_N = torch.randn(n_entries, generator=random, dtype=torch.float64)
+    table_ND = torch.randn(max(n_entries, 1), 3, generator=random, dtype=torch.float64)
+    expected_SD = torch.zeros(30, 3, dtype=torch.float64)
+    for row, latent in enumerate(latent_N):
+        expected_SD[latent] += values_N[row] * table_ND[row]
+    support = SparseSupport(values_N, row_N, latent_N, torch.Size((max(n_entries, 1), 30)))
+    with without_asking(), NeverWaits():
+        found_SD = support.sums_by_latent(table_ND, row_N, values_N)
+        sums_S = support.latent_sums(values_N)
+    torch.testing.assert_close(found_SD, expected_SD)
+    counted_S = torch.zeros(30, dtype=torch.float64).index_add(0, latent_N, values_N)
+    torch.testing.assert_close(sums_S, counted_S)
 
 
 def test_asking_is_forbidden_only_inside() -> None:

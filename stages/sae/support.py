@@ -25,6 +25,7 @@ from .asking import may_ask
 # Of all (row, latent) pairs: beyond this share the dense products are faster on a CPU.
 DENSE_SHARE = 0.1
 _SUM = 0  # embedding_bag's number for it
+_PIECE = 64  # entries that one thread of a GPU adds up
 
 
 class Support(ABC):
@@ -61,6 +62,7 @@ class SparseSupport(Support):
         self.pre_N, self.row_N, self.latent_N = pre_N, row_N, latent_N
         self.n_rows, self.n_latents = shape
         self._by_latent: tuple[Tensor, Tensor] | None = None
+        self._pieces: tuple[Tensor, Tensor] | None = None
 
     @property
     def by_latent(self) -> tuple[Tensor, Tensor]:
@@ -69,6 +71,23 @@ class SparseSupport(Support):
             latent_N, order_N = torch.sort(self.latent_N, stable=True)
             self._by_latent = order_N, starts_of(latent_N, self.n_latents)
         return self._by_latent
+
+    def sums_by_latent(self, table: Tensor, index_N: Tensor, weight_N: Tensor) -> Tensor:
+        """For each latent the sum over its entries n of weight[n] * table[index[n]]: (S, ...)."""
+        order_N, starts_S = self.by_latent
+        index_N, weight_N = index_N[order_N], weight_N[order_N]
+        if may_ask(weight_N):
+            return weighted_row_sums(table, index_N, weight_N, starts_S)
+        # A thread of embedding_bag adds up a bag entry by entry, and all wait for the latent that is
+        # active on half of the rows. So bags are pieces of few entries, and then few pieces.
+        if self._pieces is None:
+            cuts = torch.arange(0, len(order_N), _PIECE, device=starts_S.device)
+            cuts_P = torch.cat([starts_S, cuts]).sort().values
+            self._pieces = cuts_P, torch.searchsorted(cuts_P, starts_S)
+        cuts_P, firsts_S = self._pieces
+        pieces = weighted_row_sums(table, index_N, weight_N, cuts_P)
+        all_P = torch.arange(len(pieces), device=pieces.device)
+        return weighted_row_sums(pieces, all_P, pieces.new_ones(len(pieces)), firsts_S)
 
     def encode(self, x_BD: Tensor, w_enc_DS: Tensor, bias_S: Tensor | None) -> Tensor:
         values: Tensor = _EncodeAt.apply(w_enc_DS.T, bias_S, x_BD, self)  # type: ignore[no-untyped-call]
@@ -90,9 +109,8 @@ class SparseSupport(Support):
 
     def latent_sums(self, values_V: Tensor) -> Tensor:
         # Not index_add, which adds in no fixed order on a GPU.
-        order_N, starts_S = self.by_latent
-        one, zero_N = values_V.new_ones(1, 1), torch.zeros_like(order_N)
-        return weighted_row_sums(one, zero_N, values_V.detach()[order_N], starts_S).squeeze(1)
+        one, zero_N = values_V.new_ones(1, 1), torch.zeros_like(self.latent_N)
+        return self.sums_by_latent(one, zero_N, values_V.detach()).squeeze(1)
 
 
 class FullSupport(Support):
@@ -215,11 +233,10 @@ class _EncodeAt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_N,), (x_BD,), support = grads, ctx.saved_tensors, ctx.support
-        order_N, starts_S = support.by_latent
         bias_grad_S = support.latent_sums(grad_N) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, bias_grad_S, None, None
-        w_grad_SD = weighted_row_sums(x_BD, support.row_N[order_N], grad_N[order_N], starts_S)
+        w_grad_SD = support.sums_by_latent(x_BD, support.row_N, grad_N)
         return w_grad_SD, bias_grad_S, None, None
 
 
@@ -267,6 +284,5 @@ class _DecodeAt(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             value_grad_N = row_dots(grad_bags, bag_N, w_dec_SD, support.latent_N)
         if ctx.needs_input_grad[1]:
-            order_N, starts_S = support.by_latent
-            w_grad_SD = weighted_row_sums(grad_bags, bag_N[order_N], values_N[order_N], starts_S)
+            w_grad_SD = support.sums_by_latent(grad_bags, bag_N, values_N)
         return value_grad_N, w_grad_SD, None, None, None
