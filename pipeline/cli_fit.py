@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..stages.fitconfig import DTYPES, FitConfig
+from ..stages.fitconfig import DTYPES, OPTIMIZER_STATES, FitConfig
 from ..stages.loggers import LOGGERS
 from ..stages.sae import ARCHITECTURES
 from ..stages.torchrun import find_place
@@ -225,6 +225,21 @@ def fit(
             rich_help_panel=_RUN,
         ),
     ] = FitConfig.selection,
+    optimizer_state: Annotated[
+        str,
+        typer.Option(
+            help=f"Of Adam's moments: {', '.join(OPTIMIZER_STATES)}; bfloat16 is half the memory.",
+            rich_help_panel=_RUN,
+        ),
+    ] = FitConfig.optimizer_state,
+    capture: Annotated[
+        bool,
+        typer.Option(
+            "--capture/--no-capture",
+            help="On a CUDA device, record a step once and replay it: the same numbers, sooner.",
+            rich_help_panel=_RUN,
+        ),
+    ] = FitConfig.capture,
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Minutes between checkpoints.", rich_help_panel=_RUN)
     ] = FitConfig.checkpoint_minutes,

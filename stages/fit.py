@@ -39,6 +39,7 @@ __all__ = ["Outcome", "Summary", "build_trainer", "default_out", "fit", "fit_man
 # They do not decide the weights, so a run may go on with other values.
 _FREE_FIELDS = (
     "device",
+    "capture",
     "log_every",
     "heldout_every",
     "heldout_rows",

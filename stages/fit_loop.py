@@ -269,13 +269,19 @@ class _Stream:
 
 @contextmanager
 def _products(dtype: str) -> Iterator[None]:
-    """TF32 for float32 products where asked for, and as it was before afterwards."""
-    before = torch.get_float32_matmul_precision()
+    """TF32 for float32 products where asked for; sums of bfloat16 products in float32.
+
+    As it was before afterwards.
+    """
+    before, matmul = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul
+    reduced = matmul.allow_bf16_reduced_precision_reduction
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else before)
+    matmul.allow_bf16_reduced_precision_reduction = False
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
 @contextmanager
