@@ -11,39 +11,41 @@ classes), so that none is ever empty in a replicate.
 from __future__ import annotations
 
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...storage.counter import draw, stream_key
+from .bootstrap import RESAMPLES
+
 Floats = NDArray[np.floating[Any]]
+Whole = NDArray[np.integer[Any]]
 Counts = NDArray[np.float32]
 
 
-def generator(seed: int, *names: str) -> np.random.Generator:
-    """A generator that depends on the seed and the names, not on what was drawn before."""
-    return np.random.default_rng([seed, *(crc32(name.encode()) for name in names)])
+def draw_units(n_draws: int, n_units: int, *, seed: int, purpose: str) -> NDArray[np.int64]:
+    """Units drawn with replacement in each of R resamples, (R, n_draws)."""
+    key = stream_key(seed, "item bootstrap", purpose, n_units)
+    counters = np.arange(RESAMPLES * n_draws, dtype=np.uint64).reshape(RESAMPLES, n_draws)
+    upper = draw(key, counters) >> np.uint64(32)
+    return ((upper * np.uint64(n_units)) >> np.uint64(32)).astype(np.int64)
 
 
-def draw(
-    document_I: NDArray[np.integer[Any]],
-    stratum_I: NDArray[np.integer[Any]],
-    *,
-    replicates: int,
-    rng: np.random.Generator,
-) -> Counts:
+def draw_items(document_I: Whole, stratum_I: Whole, *, seed: int, purpose: str) -> Counts:
     """How often each item is drawn, (R, I). A document belongs to the stratum of its first item."""
-    counts_RI = np.zeros((replicates, len(document_I)), dtype=np.float32)
+    counts_RI = np.zeros((RESAMPLES, len(document_I)), dtype=np.float32)
     _, first, which_I = np.unique(document_I, return_index=True, return_inverse=True)
     stratum_of_document = stratum_I[first]
-    for stratum in np.unique(stratum_of_document):
+    for stratum in np.unique(stratum_of_document).tolist():
         documents = np.flatnonzero(stratum_of_document == stratum)
         n = len(documents)
-        drawn = rng.multinomial(n, np.full(n, 1 / n), size=replicates)
-        position = np.full(len(first), -1)
-        position[documents] = np.arange(n)
-        inside_I = np.flatnonzero(position[which_I] >= 0)
-        counts_RI[:, inside_I] = drawn[:, position[which_I[inside_I]]]
+        drawn_RN = draw_units(n, n, seed=seed, purpose=f"{purpose}/{stratum}")
+        offset_R1 = np.arange(RESAMPLES)[:, None] * n
+        often_RN = np.bincount((drawn_RN + offset_R1).ravel(), minlength=RESAMPLES * n)
+        place = np.full(len(first), -1)
+        place[documents] = np.arange(n)
+        inside_I = np.flatnonzero(place[which_I] >= 0)
+        counts_RI[:, inside_I] = often_RN.reshape(RESAMPLES, n)[:, place[which_I[inside_I]]]
     return counts_RI
 
 
@@ -87,11 +89,11 @@ def over_tasks(value_TR: Floats, *, seed: int) -> NDArray[np.float64]:
 
     Tasks without a value in a replicate (NaN) are left out of its mean.
     """
-    n_tasks, replicates = value_TR.shape
+    n_tasks = len(value_TR)
     if n_tasks == 1:
         return np.asarray(value_TR[0], dtype=np.float64)
-    drawn_RT = generator(seed, "tasks").integers(n_tasks, size=(replicates, n_tasks))
-    return mean_defined(value_TR[drawn_RT.T, np.arange(replicates)], axis=0)
+    drawn_RT = draw_units(n_tasks, n_tasks, seed=seed, purpose="tasks")
+    return mean_defined(value_TR[drawn_RT.T, np.arange(RESAMPLES)], axis=0)
 
 
 def mean_defined(values: Floats, *, axis: int) -> NDArray[np.float64]:

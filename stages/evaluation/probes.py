@@ -117,10 +117,16 @@ def fit_l1(
     if len(used_K) == 0:
         # Nothing to see: only the intercept is fitted, which both classes pull on alike.
         return Probe(np.zeros(n_columns), 0.0, steps=0, converged=True)
-    inner = _fitted(model, x_csr[:, used_K], positive_I, weight_I)
+    inner = _fitted(model, _with_small_indices(x_csr[:, used_K]), positive_I, weight_I)
     weight_K = np.zeros(n_columns)
     weight_K[used_K] = inner.weight_K
     return Probe(weight_K, inner.bias, inner.steps, inner.converged)
+
+
+def _with_small_indices(x_csr: csr_array) -> csr_array:
+    """The same with 32-bit indices, the only ones that scikit-learn takes."""
+    parts = (x_csr.data, x_csr.indices.astype(np.int32), x_csr.indptr.astype(np.int32))
+    return csr_array(parts, shape=x_csr.shape)
 
 
 def _fitted(model: Any, x_IK: Matrix, positive_I: Flags, weight_I: Floats | None) -> Probe:
