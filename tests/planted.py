@@ -76,7 +76,8 @@ class PlantedLetters:
         n_train, n_test, d_in = 20, 8, 300
         basis = orthonormal(d_in, d_in, rng)
         letter_CD, mean_D, free = basis[:26], 7 * basis[26], basis[27:]
-        x, label, split, rows = [], [], [], list(letter_CD)
+        x: list[NDArray[np.float64]] = []
+        label, split, rows = [], [], list(letter_CD)
         fired: list[tuple[int, int, float]] = []
         self.absorbed_items: list[int] = []
         for letter in range(26):

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..metrics.base import TaskData
+from .item_bootstrap import Counts, draw_items
 from .probes import Probe, Units, f1, fit_l2, positives_weighted
 
 TRAIN, TEST, OOD = 0, 1, 2
@@ -148,3 +149,22 @@ def _fitted(task: TaskData) -> GroundTruth:
         converged_C=np.array([probe.converged for probe in probes], dtype=np.bool_),
         refused={concept.name: why for concept, why in reasons.items() if why is not None},
     )
+
+
+def resampled(task: TaskData, split: int) -> Counts:
+    """How often each labelled item of a split is drawn, inside its class (and group), (R, I).
+
+    Kept in the cache of the task: the same for all SAEs, metrics and concepts.
+    """
+    key = f"resampled/{split}"
+    if key not in task.cache:
+        chosen = Split.of(task, split)
+        group_I = task.group_I[chosen.item_I].astype(np.int64)
+        task.cache[key] = draw_items(
+            task.document_I[chosen.item_I],
+            chosen.label_I.astype(np.int64) * (int(group_I.max(initial=0)) + 2) + group_I + 1,
+            seed=task.seed,
+            purpose=f"{task.name}/{split}",
+        )
+    found: Counts = task.cache[key]
+    return found

@@ -67,21 +67,26 @@ def weighted_auc(
     below_RU = np.add.reduceat(counts_RI * ~positive_I, starts, axis=1, dtype=np.float64)
     lower_RU = np.cumsum(below_RU, axis=1) - below_RU / 2
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (above_RU * lower_RU).sum(axis=1) / (above_RU.sum(axis=1) * below_RU.sum(axis=1))
+        pairs_R = above_RU.sum(axis=1) * below_RU.sum(axis=1)
+        return np.asarray((above_RU * lower_RU).sum(axis=1) / pairs_R)
 
 
-def weighted_balanced_accuracy(
-    positive_I: NDArray[np.bool_], correct_IE: NDArray[np.bool_], counts_RI: Counts
+def weighted_accuracy(
+    stratum_I: Whole | NDArray[np.bool_], correct_IE: NDArray[np.bool_], counts_RI: Counts
 ) -> NDArray[np.float64]:
-    """(recall of positives + recall of negatives) / 2 of the drawn items, (R, E)."""
-    recalls = []
-    for chosen_I in (positive_I, ~positive_I):
-        counts = counts_RI[:, chosen_I]
-        total_R1 = counts.sum(axis=1, keepdims=True, dtype=np.float64)
+    """Mean over strata of the share of drawn items that are right, (R, E).
+
+    With classes as strata it is the balanced accuracy. NaN where a stratum is not drawn.
+    """
+    strata = np.unique(stratum_I)
+    total_RE = np.zeros((len(counts_RI), correct_IE.shape[1]))
+    for stratum in strata.tolist():
+        counts = counts_RI[:, stratum_I == stratum]
+        # Counts and flags are small whole numbers: their float32 sums are exact to 2^24.
+        right_RE = counts @ correct_IE[stratum_I == stratum].astype(np.float32)
         with np.errstate(invalid="ignore", divide="ignore"):
-            # Counts and flags are small whole numbers: their float32 sums are exact to 2^24.
-            recalls.append((counts @ correct_IE[chosen_I].astype(np.float32)) / total_R1)
-    return np.asarray((recalls[0] + recalls[1]) / 2)
+            total_RE += right_RE / counts.sum(axis=1, keepdims=True, dtype=np.float64)
+    return total_RE / len(strata)
 
 
 def over_tasks(value_TR: Floats, *, seed: int) -> NDArray[np.float64]:

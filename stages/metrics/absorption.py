@@ -113,7 +113,8 @@ class Absorption:
 
     def result(self, *, seed: int) -> MetricResult:
         needed = least_concepts(self._n_concepts)
-        found, details = self._judged, {"concepts": [each.details for each in self._judged]}
+        found = self._judged
+        details: dict[str, Any] = {"concepts": [each.details for each in found]}
         n_words = sum(each.details["words"] for each in found)
         sample = {"words": n_words, "concepts": len(found), "concepts_refused": len(self._refused)}
         details |= {"refused_concepts": self._refused, "concepts_needed": needed}
