@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 Floats = NDArray[np.floating[Any]]
 Flags = NDArray[np.bool_]
@@ -77,9 +78,18 @@ class Probe:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """BLAS on one thread inside: the order of its sums no longer depends on the machine."""
-    with threadpool_limits(limits=1, user_api="blas"):
+    """BLAS on one thread inside: the order of its sums no longer depends on the machine.
+
+    Works as a decorator too.
+    """
+    with _blas().limit(limits=1, user_api="blas"):
         yield
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """The BLAS libraries of this process: to look for them takes 3 ms, longer than a small fit."""
+    return ThreadpoolController()
 
 
 def balanced(positive_I: Flags) -> NDArray[np.float64]:

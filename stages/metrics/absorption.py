@@ -38,6 +38,7 @@ from ..evaluation.bootstrap import described, valued
 from ..evaluation.concepts import TEST, TRAIN, Concept, Split, concepts, ground_truth, units_of
 from ..evaluation.directions import Direction, decoder_of
 from ..evaluation.item_bootstrap import draw_items, weighted_mean
+from ..evaluation.probes import one_thread
 from ..evaluation.splitting import MainLatents, main_latents
 from .base import Direction as Better
 from .base import MetricResult, TaskData, Value
@@ -79,6 +80,7 @@ class Absorption:
     def options(self) -> dict[str, Any]:
         return {}
 
+    @one_thread()
     def observe(self, task: TaskData, judged: Judged, latents_IS: csr_array) -> None:
         truth, train, test = ground_truth(task), Split.of(task, TRAIN), Split.of(task, TEST)
         self._n_concepts += len(concepts(task))
@@ -111,6 +113,7 @@ class Absorption:
             }
             self._judged.append(_counted(task, concept, item_W, found, details))
 
+    @one_thread()
     def result(self, *, seed: int) -> MetricResult:
         needed = least_concepts(self._n_concepts)
         found = self._judged

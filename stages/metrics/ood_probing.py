@@ -45,7 +45,7 @@ from ..evaluation.concepts import (
     shortage,
     units_of,
 )
-from ..evaluation.probes import Probe, choose_c, fit_l1, fit_l2, most_different
+from ..evaluation.probes import Probe, choose_c, fit_l1, fit_l2, most_different, one_thread
 from ..evaluation.probing import Found, TaskMeans, auc_of
 from ..evaluation.shortcuts import length_scores
 from .base import Direction, MetricResult, TaskData
@@ -77,6 +77,7 @@ class OodProbing:
     def options(self) -> dict[str, Any]:
         return {"k": K}
 
+    @one_thread()
     def observe(self, task: TaskData, judged: Judged, latents_IS: csr_array) -> None:
         found: list[dict[str, Found]] = []
         for concept in concepts(task):
@@ -92,6 +93,7 @@ class OodProbing:
             together = {name: Found.mean([each[name] for each in found]) for name in found[0]}
             self._means.add(task.name, together)
 
+    @one_thread()
     def result(self, *, seed: int) -> MetricResult:
         tasks = self._means.tasks
         malformed = [task for task in tasks if MALFORMED in task]

@@ -43,7 +43,7 @@ from ..evaluation.concepts import (
     shortage,
     units_of,
 )
-from ..evaluation.probes import balanced, fit_l2, most_different
+from ..evaluation.probes import balanced, fit_l2, most_different, one_thread
 from ..evaluation.probing import Found, TaskMeans, auc_of
 from ..evaluation.shortcuts import group_scores, length_scores
 from .base import Direction, MetricResult, TaskData
@@ -78,6 +78,7 @@ class ShortcutControl:
     def options(self) -> dict[str, Any]:
         return {"k": K, "permutations": PERMUTATIONS}
 
+    @one_thread()
     def observe(self, task: TaskData, judged: Judged, latents_IS: csr_array) -> None:
         found: list[dict[str, Found]] = []
         for concept in concepts(task):
@@ -99,6 +100,7 @@ class ShortcutControl:
             together = {name: Found.mean([each[name] for each in found]) for name in shared}
             self._means.add(task.name, together)
 
+    @one_thread()
     def result(self, *, seed: int) -> MetricResult:
         n_tasks = len(self._means.tasks)
         details: dict[str, Any] = {"tasks": self._details, "refused_concepts": self._refused}

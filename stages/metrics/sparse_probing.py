@@ -35,7 +35,7 @@ from ..evaluation.concepts import (
     shortage,
     units_of,
 )
-from ..evaluation.probes import balanced, fit_l2, most_different
+from ..evaluation.probes import balanced, fit_l2, most_different, one_thread
 from ..evaluation.probing import Found, Score, TaskMeans
 from .base import Direction, MetricResult, TaskData
 
@@ -65,6 +65,7 @@ class SparseProbing:
     def options(self) -> dict[str, Any]:
         return {"k": list(KS)}
 
+    @one_thread()
     def observe(self, task: TaskData, judged: Judged, latents_IS: csr_array) -> None:
         found: list[dict[str, Found]] = []
         for concept in concepts(task):
@@ -89,6 +90,7 @@ class SparseProbing:
             together = {name: Found.mean([each[name] for each in found]) for name in found[0]}
             self._means.add(task.name, together)
 
+    @one_thread()
     def result(self, *, seed: int) -> MetricResult:
         n_tasks = len(self._means.tasks)
         details: dict[str, Any] = {"tasks": self._details, "refused_concepts": self._refused}
