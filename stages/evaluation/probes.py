@@ -186,9 +186,11 @@ def choose_c(
 
 def mean_difference(latents_IS: csr_array, positive_I: Flags) -> NDArray[np.float64]:
     """Mean latents of the positives minus mean latents of the negatives, (S,)."""
-    n_positive = int(positive_I.sum())
-    signed_I = np.where(positive_I, 1 / n_positive, -1 / (len(positive_I) - n_positive))
-    return np.asarray(latents_IS.T @ signed_I, dtype=np.float64)
+    columns_SI, n_positive = latents_IS.T, int(positive_I.sum())
+    # Two sums and not one of both signs: equal means then differ by 0 and not by a rounding error.
+    of_positives_S = columns_SI @ positive_I.astype(np.float64) / n_positive
+    of_negatives_S = columns_SI @ (~positive_I).astype(np.float64) / (len(positive_I) - n_positive)
+    return np.asarray(of_positives_S - of_negatives_S, dtype=np.float64)
 
 
 def most_different(latents_IS: csr_array, positive_I: Flags, k: int) -> NDArray[np.int64]:

@@ -30,6 +30,7 @@ class Entry(NamedTuple):
 
 
 METRICS: dict[str, Entry] = {
+    "absorption": Entry("absorption:Absorption", "items"),
     "cosine": Entry("cosine:Cosine", "rows"),
     "dead_fraction": Entry("dead_fraction:DeadFraction", "rows"),
     "density": Entry("density:Density", "rows"),
@@ -40,6 +41,11 @@ METRICS: dict[str, Entry] = {
     "l1": Entry("l1:L1", "rows"),
     "mse": Entry("mse:Mse", "rows"),
     "mse_per_token": Entry("mse_per_token:MsePerToken", "rows"),
+    "ood_probing": Entry("ood_probing:OodProbing", "items"),
+    "scr": Entry("scr:Scr", "items"),
+    "shortcut_control": Entry("shortcut_control:ShortcutControl", "items"),
+    "sparse_probing": Entry("sparse_probing:SparseProbing", "items"),
+    "tpp": Entry("tpp:Tpp", "items"),
 }
 
 

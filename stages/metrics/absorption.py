@@ -124,7 +124,7 @@ class Absorption:
         if not found or len(found) < needed:
             details["refused"] = (
                 f"{len(found)} of {self._n_concepts} concepts can be judged, and {needed} are "
-                "needed: the model's activations do not tell the others."
+                "needed: see refused_concepts for what is wrong with the others."
             )
             return MetricResult(
                 values={name: Value(value=None) for name in _SCORES},

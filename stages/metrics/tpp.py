@@ -4,8 +4,9 @@
 
 Karvonen et al. 2024, "Evaluating Sparse Autoencoders on Targeted Concept Erasure" (arXiv
 2411.18895), as SAEBench scores it. Latents are ranked for concept c by their effect on its
-ground-truth probe (`evaluation/ablation.py`), largest first; those with a positive effect can be
-ablated. For the first n = 2, 5, 10, 20, 50, 100, 500 of them, the SAE's error kept,
+ground-truth probe (`evaluation/ablation.py`), largest first; only those can be ablated that are
+more active on positives and point along the probe. (Without that, which SAEBench has in its code
+alone, the latents of other classes count: their absence speaks for c.) For the first n = 2, 5, 10, 20, 50, 100, 500 of them, the SAE's error kept,
 
     tpp_n         mean over c of [drop of c - mean over the others c' of the drop of c']
     intended_n    mean over c of the drop of c
@@ -15,8 +16,8 @@ where a drop is the accuracy of a probe on its test items before minus after, ba
 classes (published: plain accuracy on as many items of both). 0 is no effect, 0.5 the most.
 
 Concepts: the classes of a task with more than two, among one another; tasks of two classes are
-concepts among one another, each judged on its own items. Published: latents that are less active on
-positives never count, and probes are chosen by their accuracy on the test items; neither here.
+concepts among one another, each judged on its own items. Published probes are chosen by their
+accuracy on the test items; not so here.
 
 A 2026 study (arXiv 2605.18229, known to us in summary) finds TPP unreliable at the usual settings.
 Intervals: test items drawn again inside each class; latents and probes stay.
@@ -99,7 +100,10 @@ class Tpp:
         family = self._families.setdefault("" if len(task.classes) == 2 else task.name, [])
         for place, concept in enumerate(truth.concepts):
             along_S = along_SC[:, place]
-            effect_S = effects(train_IS, train.positive(concept), along_S)
+            # Of two negative factors the effect would be positive, too.
+            effect_S = np.where(
+                along_S > 0, effects(train_IS, train.positive(concept), along_S), 0.0
+            )
             family.append(
                 _Probed(
                     name=concept.name,
