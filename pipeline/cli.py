@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .cli_demo import demo
+from .cli_eval import evaluate
 from .cli_fit import fit
 from .cli_harvest import harvest
 from .cli_inspect import inspect
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command("harvest")(harvest)
 app.command("fit")(fit)
 app.command("sweep")(sweep)
+app.command("eval")(evaluate)
 app.command("inspect")(inspect)
 app.command("demo")(demo)
 app.add_typer(store, name="store")
