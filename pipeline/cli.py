@@ -9,7 +9,11 @@ from typing import Annotated
 import typer
 
 from .cli_demo import demo
+<<<<<<< HEAD
 from .cli_eval import evaluate
+=======
+from .cli_evalset import app as eval_set
+>>>>>>> evalset
 from .cli_fit import fit
 from .cli_harvest import harvest
 from .cli_inspect import inspect
@@ -30,6 +34,7 @@ app.command("eval")(evaluate)
 app.command("inspect")(inspect)
 app.command("demo")(demo)
 app.add_typer(store, name="store")
+app.add_typer(eval_set, name="eval-set")
 
 
 def _print_version(wanted: bool) -> None:
