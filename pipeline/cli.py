@@ -9,11 +9,8 @@ from typing import Annotated
 import typer
 
 from .cli_demo import demo
-<<<<<<< HEAD
 from .cli_eval import evaluate
-=======
 from .cli_evalset import app as eval_set
->>>>>>> evalset
 from .cli_fit import fit
 from .cli_harvest import harvest
 from .cli_inspect import inspect
