@@ -50,7 +50,7 @@ def build(config: EvalSetConfig, *, say: Say = print, show_progress: bool = True
     info = inspect_model(config.model, _pinned_revision(config, begun))
     check_layer(info, (config.layer,), config.hook)
     tokenizer = TextTokenizer.load(info.source, info.commit)
-    making = Making(config=config, info=info, tokenizer=tokenizer)
+    making = Making(config=config, info=info, tokenizer=tokenizer, show_progress=show_progress)
     if config.store is not None and serves_itself(store := open_store(config.store), making):
         say(
             f"Store {config.store} has {store.heldout.n_rows:,} held-out rows of this model, layer "

@@ -29,6 +29,7 @@ from ...storage.counter import draw, stream_key
 from ..evaluation.bootstrap import bootstrapped, units_of, valued
 from ..evaluation.judged import Judged
 from ..evaluation.latents import SparseLatents
+from ..sae.support import weighted_row_sums
 from .base import Direction, MetricResult
 from .rows import Floats, Moments, RowBatch, Rows, UnitSums, ratio
 
@@ -36,6 +37,7 @@ STEPS = 16
 SAMPLE_ROWS = 512
 MOST_K = 256
 _BATCH_ROWS = 128
+_MOST_PAIRED = 8192  # latents whose products with one another are held: 256 MiB
 
 
 class Ito:
@@ -195,17 +197,29 @@ def pursue(x_BD: Tensor, judged: Judged, k: int) -> Tensor:
     norm_S = judged.W_dec.norm(dim=1, keepdim=True)
     atoms_SD = judged.W_dec / norm_S.clamp_min(torch.finfo(norm_S.dtype).tiny)
     x_BD = x_BD.to(judged.W_dec) - judged.b_dec
-    parts = [_pursued(part, atoms_SD, k) for part in torch.split(x_BD, _BATCH_ROWS)]
+    k, d_sae = min(k, judged.d_sae), judged.d_sae
+    # Products of all pairs of atoms, where that costs less than they save.
+    is_worth_it = d_sae <= len(x_BD) * k / 2 and d_sae <= _MOST_PAIRED
+    gram_SS = atoms_SD @ atoms_SD.T if is_worth_it else None
+    parts = [_pursued(part, atoms_SD, gram_SS, k) for part in torch.split(x_BD, _BATCH_ROWS)]
     return torch.cat(parts) + judged.b_dec
 
 
-def _pursued(x_BD: Tensor, atoms_SD: Tensor, k: int) -> Tensor:
+def _pursued(x_BD: Tensor, atoms_SD: Tensor, gram_SS: Tensor | None, k: int) -> Tensor:
     residual_BD, row_B = x_BD, torch.arange(len(x_BD), device=x_BD.device)
+    first_BS = x_BD @ atoms_SD.T
     chosen_BK = torch.zeros(len(x_BD), k, dtype=torch.int64, device=x_BD.device)
     atoms_BKD = x_BD.new_zeros(len(x_BD), k, x_BD.shape[1])
     a_BK = x_BD.new_zeros(len(x_BD), k)
     for n_before in range(k):
-        products_BS = residual_BD @ atoms_SD.T
+        if n_before == 0:
+            products_BS = first_BS.clone()
+        elif gram_SS is None:
+            products_BS = residual_BD @ atoms_SD.T
+        else:
+            chosen_N, a_N = chosen_BK[:, :n_before].flatten(), a_BK[:, :n_before].flatten()
+            starts = torch.arange(0, len(chosen_N) + 1, n_before, device=x_BD.device)
+            products_BS = first_BS - weighted_row_sums(gram_SS, chosen_N, a_N, starts)
         products_BS.scatter_(1, chosen_BK[:, :n_before], -torch.inf)
         chosen_BK[:, n_before] = products_BS.argmax(dim=1)
         atoms_BKD[:, n_before] = atoms_SD[chosen_BK[row_B, n_before]]
