@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_compare import compare
 from .cli_demo import demo
 from .cli_fit import fit
 from .cli_harvest import harvest
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command("harvest")(harvest)
 app.command("fit")(fit)
 app.command("sweep")(sweep)
+app.command("compare")(compare)
 app.command("inspect")(inspect)
 app.command("demo")(demo)
 app.add_typer(store, name="store")

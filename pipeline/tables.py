@@ -39,8 +39,3 @@ def _run_row(name: str, summary: Any) -> tuple[str, ...]:
 def number(value: float | None, form: str) -> str:
     """A number, or a dash where there is none."""
     return "-" if value is None else format(value, form)
-
-
-def printable(text: str) -> str:
-    """Text from a file as it may be shown: control characters are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,159 @@
+"""Which numbers of result files stand in a table: values of metrics, each on its data.
+
+A `Series` is one value of one metric, on one set of data, with the same options and version: what
+may stand in one line. Numbers of two series are never mixed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...storage.errors import InputError
+from ...storage.files import canonical_json
+from ..evaluation.results import Measured, Result
+from ..metrics.base import Value
+from .intervals import Sample
+
+ORACLE = "oracle"  # values named oracle_X are the oracle's X, and stand beside it
+ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """What is compared in one line. data: source digest, options and version, as one key."""
+
+    metric: str
+    value: str
+    data: bytes
+
+    @property
+    def name(self) -> str:
+        """metric, or metric.value where the value has a name of its own."""
+        return self.metric if self.value == self.metric else f"{self.metric}.{self.value}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """All that was found of one run or baseline. entries: by metric and data."""
+
+    path: Path
+    facts: Mapping[str, Any]
+    entries: Mapping[tuple[str, bytes], Measured]
+
+    @property
+    def name(self) -> str:
+        return str(self.facts["name"])
+
+    @property
+    def baseline(self) -> str | None:
+        found = self.facts.get("baseline")
+        return None if found is None else str(found)
+
+    def entry(self, series: Series) -> Measured | None:
+        return self.entries.get((series.metric, series.data))
+
+    def sample(self, series: Series, *, value: str | None = None) -> Sample | None:
+        """The number of a series (value: another one of the same entry); None where it has none."""
+        entry = self.entry(series)
+        found = None if entry is None else entry.values.get(value or series.value)
+        if entry is None or found is None or found.value is None:
+            return None
+        return Sample(
+            value=found.value,
+            replicates_R=_replicates(found),
+            seed=self.facts.get("seed"),
+            judged_with=(series.data, entry.seed),
+        )
+
+
+def judgements_of(results: Sequence[Result]) -> list[Judgement]:
+    """Results of runs and baselines, runs first.
+
+    Two files of one SAE (judged into two folders) become one. InputError when there is no run.
+    """
+    merged: dict[object, Result] = {}
+    for result in results:
+        key = (result.name, result.run.get("sae_sha256"), result.baseline)
+        if key in merged:
+            result = merged[key].with_entries(result.metrics)
+        merged[key] = result
+    runs = {r.name: r.run for r in merged.values() if r.baseline is None}
+    if not runs:
+        raise InputError(
+            "These results are of baselines alone. Pass the folder that `sae-pipe eval --out` "
+            "wrote, with the results of the runs."
+        )
+    found = []
+    for result in merged.values():
+        facts = dict(result.run)
+        if result.baseline is not None:
+            # It stands where its run stands: what its file leaves out is taken from the run.
+            own = {key: value for key, value in facts.items() if value is not None}
+            facts = {**runs.get(str(facts.get("of")), {}), **own}
+        entries = {(entry.metric, data_key(entry)): entry for entry in result.metrics}
+        found.append(Judgement(path=result.path, facts=facts, entries=entries))
+    return sorted(found, key=lambda judgement: judgement.baseline is not None)
+
+
+def data_key(entry: Measured) -> bytes:
+    """What two entries of a metric must have in common to be compared."""
+    return canonical_json([entry.source.digest, dict(entry.options), entry.version])
+
+
+def series_of(runs: Sequence[Judgement], wanted: Sequence[str] | None) -> list[Series]:
+    """The series to show, in the order asked for, or else in that of the files.
+
+    wanted: names of metrics (their headline), metric.value, patterns with *, or `all`; None is the
+    headline of each metric: the value of its own name, or else its first. InputError for what
+    matches nothing.
+    """
+    data: dict[tuple[str, str], dict[bytes, None]] = {}
+    for run in runs:
+        for (metric, key), entry in run.entries.items():
+            for value in entry.values:
+                if not is_oracle(value, entry.values):
+                    data.setdefault((metric, value), {})[key] = None
+    headlines: dict[str, str] = {}
+    for metric, value in data:
+        if value == metric or metric not in headlines:
+            headlines[metric] = value
+    if wanted is None:
+        chosen = list(headlines.items())
+    else:
+        chosen = [pair for name in wanted for pair in _matching(name, list(data), headlines)]
+    return [
+        Series(metric=metric, value=value, data=key)
+        for metric, value in dict.fromkeys(chosen)
+        for key in data[metric, value]
+    ]
+
+
+def _matching(
+    wanted: str, everything: Sequence[tuple[str, str]], headlines: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    if wanted in headlines:
+        return [(wanted, headlines[wanted])]
+    pattern = "*" if wanted == ALL else wanted
+    found = [pair for pair in everything if fnmatchcase(".".join(pair), pattern)]
+    if not found:
+        raise InputError(
+            f"--metrics {wanted!r} matches nothing. These results have {', '.join(headlines)}; a "
+            "name with .* shows all values of one, and `all` everything."
+        )
+    return found
+
+
+def is_oracle(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether a value is that of the oracle probe for another one of the same entry."""
+    return name.startswith(f"{ORACLE}_") and name.removeprefix(f"{ORACLE}_") in values
+
+
+def _replicates(value: Value) -> NDArray[np.float64] | None:
+    if value.replicates is None:
+        return None
+    return np.array([np.nan if each is None else each for each in value.replicates])
