@@ -4,7 +4,8 @@ A `Series` is one value of one metric, on one set of data, with the same options
 may stand in one line. Numbers of two series are never mixed.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,10 +18,14 @@ from ...storage.errors import InputError
 from ...storage.files import canonical_json
 from ..evaluation.results import Measured, Result
 from ..metrics.base import Value
+from .headlines import HEADLINES
 from .intervals import Sample
 
 ORACLE = "oracle"  # values named oracle_X are the oracle's X, and stand beside it
 ALL = "all"
+# What a baseline and a run have in common that it is the baseline of; null stands for any.
+_SHAPE = ("model", "model_revision", "layer", "hook", "d_in", "arch", "k", "d_sae")
+_OF_K_LATENTS = re.compile(r"_k\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,22 +87,42 @@ def judgements_of(results: Sequence[Result]) -> list[Judgement]:
         if key in merged:
             result = merged[key].with_entries(result.metrics)
         merged[key] = result
-    runs = {r.name: r.run for r in merged.values() if r.baseline is None}
-    if not runs:
+    found = [
+        Judgement(
+            path=result.path,
+            facts=result.run,
+            entries={(entry.metric, data_key(entry)): entry for entry in result.metrics},
+        )
+        for result in merged.values()
+    ]
+    if all(judgement.baseline for judgement in found):
         raise InputError(
             "These results are of baselines alone. Pass the folder that `sae-pipe eval --out` "
             "wrote, with the results of the runs."
         )
-    found = []
-    for result in merged.values():
-        facts = dict(result.run)
-        if result.baseline is not None:
-            # It stands where its run stands: what its file leaves out is taken from the run.
-            own = {key: value for key, value in facts.items() if value is not None}
-            facts = {**runs.get(str(facts.get("of")), {}), **own}
-        entries = {(entry.metric, data_key(entry)): entry for entry in result.metrics}
-        found.append(Judgement(path=result.path, facts=facts, entries=entries))
     return sorted(found, key=lambda judgement: judgement.baseline is not None)
+
+
+def baselines_of(
+    runs: Sequence[Judgement], judgements: Sequence[Judgement]
+) -> dict[str, list[Judgement]]:
+    """By kind, the baselines of runs: a run's own, or else those of another run of its shape."""
+    found: dict[str, dict[int, Judgement]] = {}
+    for run in runs:
+        fitting: dict[str, list[Judgement]] = {}
+        for each in judgements:
+            if each.baseline is not None and _is_baseline_of(each.facts, run.facts):
+                fitting.setdefault(each.baseline, []).append(each)
+        for kind, all_fitting in fitting.items():
+            own = [each for each in all_fitting if each.facts.get("of") == run.name]
+            found.setdefault(kind, {}).update({id(each): each for each in own or all_fitting})
+    return {kind: list(each.values()) for kind, each in found.items()}
+
+
+def _is_baseline_of(baseline: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
+    if baseline.get("of") == run["name"]:
+        return True
+    return all(baseline.get(key) in (None, run.get(key)) for key in _SHAPE)
 
 
 def data_key(entry: Measured) -> bytes:
@@ -108,9 +133,8 @@ def data_key(entry: Measured) -> bytes:
 def series_of(runs: Sequence[Judgement], wanted: Sequence[str] | None) -> list[Series]:
     """The series to show, in the order asked for, or else in that of the files.
 
-    wanted: names of metrics (their headline), metric.value, patterns with *, or `all`; None is the
-    headline of each metric: the value of its own name, or else its first. InputError for what
-    matches nothing.
+    wanted: names of metrics (their headlines), metric.value, patterns with *, or `all`; None is the
+    headlines of each metric (headlines.py). InputError for what matches nothing.
     """
     data: dict[tuple[str, str], dict[bytes, None]] = {}
     for run in runs:
@@ -118,12 +142,9 @@ def series_of(runs: Sequence[Judgement], wanted: Sequence[str] | None) -> list[S
             for value in entry.values:
                 if not is_oracle(value, entry.values):
                     data.setdefault((metric, value), {})[key] = None
-    headlines: dict[str, str] = {}
-    for metric, value in data:
-        if value == metric or metric not in headlines:
-            headlines[metric] = value
+    headlines = _headlines(list(data))
     if wanted is None:
-        chosen = list(headlines.items())
+        chosen = [(metric, value) for metric, values in headlines.items() for value in values]
     else:
         chosen = [pair for name in wanted for pair in _matching(name, list(data), headlines)]
     return [
@@ -133,11 +154,21 @@ def series_of(runs: Sequence[Judgement], wanted: Sequence[str] | None) -> list[S
     ]
 
 
+def _headlines(pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    values: dict[str, list[str]] = {}
+    for metric, value in pairs:
+        values.setdefault(metric, []).append(value)
+    return {
+        metric: [v for v in (*HEADLINES.get(metric, ()), metric) if v in of_metric] or of_metric[:1]
+        for metric, of_metric in values.items()
+    }
+
+
 def _matching(
-    wanted: str, everything: Sequence[tuple[str, str]], headlines: Mapping[str, str]
+    wanted: str, everything: Sequence[tuple[str, str]], headlines: Mapping[str, Sequence[str]]
 ) -> list[tuple[str, str]]:
     if wanted in headlines:
-        return [(wanted, headlines[wanted])]
+        return [(wanted, value) for value in headlines[wanted]]
     pattern = "*" if wanted == ALL else wanted
     found = [pair for pair in everything if fnmatchcase(".".join(pair), pattern)]
     if not found:
@@ -148,9 +179,14 @@ def _matching(
     return found
 
 
-def is_oracle(name: str, values: Mapping[str, Any]) -> bool:
+def oracle_names(value: str) -> list[str]:
+    """What the oracle's number for a value may be called: it uses all dimensions, and no k."""
+    return [f"{ORACLE}_{value}", f"{ORACLE}_{_OF_K_LATENTS.sub('', value)}"]
+
+
+def is_oracle(name: str, values: Iterable[str]) -> bool:
     """Whether a value is that of the oracle probe for another one of the same entry."""
-    return name.startswith(f"{ORACLE}_") and name.removeprefix(f"{ORACLE}_") in values
+    return any(name in oracle_names(value) for value in values)
 
 
 def _replicates(value: Value) -> NDArray[np.float64] | None:

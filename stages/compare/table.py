@@ -12,8 +12,9 @@ from typing import Any
 
 from ...storage.errors import InputError
 from ..evaluation.results import Result
-from .choose import ORACLE, Judgement, Series, judgements_of, series_of
+from .choose import ORACLE, Judgement, Series, baselines_of, judgements_of, oracle_names, series_of
 from .facts import WHAT_IT_IS, checked_keys, fact, label, sort_key
+from .headlines import DIRECTIONS
 from .intervals import Difference, Estimate, Sample, difference, mean_of
 
 BASELINES = ("untrained", "random latents", "mean", ORACLE)
@@ -115,9 +116,10 @@ def compare(
     columns = _values(runs, compared)
     tables = []
     for heading in _headings(runs, [*keys[1:-1], *apart]):
-        of_table = [each for each in judgements if _is_of(each, heading)]
-        found = (_lines(each, of_table, compared, columns, line_key) for each in series)
-        lines = [line for of_series in found for line in of_series]
+        of_table = [run for run in runs if _is_of(run, heading)]
+        groups = _groups(of_table, judgements, line_key)
+        found = (_line(each, group, compared, columns) for each in series for group in groups)
+        lines = [line for line in found if line.cells]
         if lines:
             tables.append(Table(heading=heading, lines=lines))
     return Comparison(
@@ -157,54 +159,54 @@ def _is_of(judgement: Judgement, heading: dict[str, Any]) -> bool:
     return all(fact(judgement.facts, key) == value for key, value in heading.items())
 
 
-def _lines(
-    series: Series,
-    judgements: Sequence[Judgement],
-    compared: str,
-    columns: Sequence[Any],
-    line_key: str | None,
-) -> list[Line]:
-    """The lines of one series, without those that no run has a number in."""
-    if line_key is None:
-        groups = [(None, list(judgements))]
-    else:
-        runs = [each for each in judgements if each.baseline is None]
-        groups = [
-            (value, [each for each in judgements if fact(each.facts, line_key) == value])
-            for value in _values(runs, line_key)
-        ]
-    lines = [_line(series, group, compared, columns, value) for value, group in groups]
-    return [line for line in lines if line.cells]
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """The runs that share a line, with their baselines by kind."""
+
+    key_value: Any
+    runs: list[Judgement]
+    baselines: dict[str, list[Judgement]]
 
 
-def _line(
-    series: Series,
-    judgements: Sequence[Judgement],
-    compared: str,
-    columns: Sequence[Any],
-    key_value: Any,
-) -> Line:
+def _groups(
+    runs: Sequence[Judgement], judgements: Sequence[Judgement], line_key: str | None
+) -> list[_Group]:
+    values = [None] if line_key is None else _values(runs, line_key)
+    groups = []
+    for value in values:
+        chosen = [r for r in runs if line_key is None or fact(r.facts, line_key) == value]
+        baselines = baselines_of(chosen, judgements)
+        groups.append(_Group(key_value=value, runs=chosen, baselines=baselines))
+    return groups
+
+
+def _line(series: Series, group: _Group, compared: str, columns: Sequence[Any]) -> Line:
     samples: dict[Any, list[Sample]] = {}
-    for judgement in judgements:
-        sample = judgement.sample(series) if judgement.baseline is None else None
+    for run in group.runs:
+        sample = run.sample(series)
         if sample is not None:
-            samples.setdefault(fact(judgement.facts, compared), []).append(sample)
+            samples.setdefault(fact(run.facts, compared), []).append(sample)
     reference = samples.get(columns[0])
     differences = {
         column: difference(samples[column], reference)
         for column in columns[1:]
         if column in samples and reference is not None
     }
-    entries = (judgement.entry(series) for judgement in judgements)
-    direction = next((entry.direction for entry in entries if entry is not None), "none")
+    direction = _direction(series, group.runs)
     return Line(
         series=series,
         direction=direction,
-        key_value=key_value,
+        key_value=group.key_value,
         cells=_cells(samples, columns, differences, direction),
         differences=differences,
-        baselines=_baselines(series, judgements),
+        baselines=_baselines(series, group),
     )
+
+
+def _direction(series: Series, runs: Sequence[Judgement]) -> str:
+    entries = (run.entry(series) for run in runs)
+    stated = next((entry.direction for entry in entries if entry is not None), "none")
+    return DIRECTIONS.get((series.metric, series.value), stated)
 
 
 def _cells(
@@ -225,13 +227,16 @@ def _cells(
     }
 
 
-def _baselines(series: Series, judgements: Sequence[Judgement]) -> dict[str, Estimate]:
-    """Means over the baselines of all runs of the line, and over the runs' oracle values."""
-    found: dict[str, list[Sample]] = {}
-    for judgement in judgements:
-        name = judgement.baseline or ORACLE
-        value = None if judgement.baseline else f"{ORACLE}_{series.value}"
-        sample = judgement.sample(series, value=value)
-        if sample is not None:
-            found.setdefault(name, []).append(sample)
-    return {name: mean_of(samples) for name, samples in found.items()}
+def _baselines(series: Series, group: _Group) -> dict[str, Estimate]:
+    """Means over the baselines of the line's runs, and over the runs' oracle values."""
+    found = {
+        kind: [sample for each in judged if (sample := each.sample(series)) is not None]
+        for kind, judged in group.baselines.items()
+    }
+    found[ORACLE] = [sample for run in group.runs if (sample := _oracle(run, series)) is not None]
+    return {name: mean_of(samples) for name, samples in found.items() if samples}
+
+
+def _oracle(run: Judgement, series: Series) -> Sample | None:
+    found = (run.sample(series, value=name) for name in oracle_names(series.value))
+    return next((sample for sample in found if sample is not None), None)
