@@ -1,0 +1,37 @@
+"""What values are called in pictures, and which of them have one on top of the page."""
+
+# Of these a picture stands in the page; of other values with a better direction it is folded away.
+FOREMOST = (
+    ("explained_variance", "explained_variance"),
+    ("downstream", "delta_ce"),
+    ("absorption", "full_absorption_score"),
+    ("sparse_probing", "accuracy_k1"),
+    ("ood_probing", "ood_auc"),
+)
+
+_TITLES = {
+    ("explained_variance", "explained_variance"): "explained variance",
+    ("downstream", "delta_ce"): "delta CE (nats a token)",
+    ("downstream", "loss_recovered_zero"): "loss recovered (zero ablation)",
+    ("absorption", "full_absorption_score"): "full absorption, 100 (1 - share)",
+    ("absorption", "full_absorption"): "share of words fully absorbed",
+    ("sparse_probing", "accuracy_k1"): "accuracy of 1-latent probes",
+    ("sparse_probing", "accuracy_k2"): "accuracy of 2-latent probes",
+    ("sparse_probing", "accuracy_k5"): "accuracy of 5-latent probes",
+    ("ood_probing", "ood_auc"): "AUC out of distribution",
+    ("ood_probing", "ood_auc_without_malformed"): "AUC out of distribution, sound sets",
+    ("fvu", "fvu"): "fraction of variance unexplained",
+    ("mse", "mse"): "mean squared error",
+    ("mse_per_token", "mse_per_token"): "squared error a token",
+    ("dead_fraction", "dead_fraction"): "share of dead latents",
+    ("cosine", "cosine"): "cosine similarity",
+    ("l0", "l0"): "L0",
+}
+
+
+def title_of(metric: str, value: str) -> str:
+    """A value in words."""
+    own = value.replace("_", " ")
+    return _TITLES.get(
+        (metric, value), own if metric in value else f"{metric} {own}".replace("_", " ")
+    )
