@@ -10,6 +10,7 @@ import typer
 
 from .cli_compare import compare
 from .cli_demo import demo
+from .cli_eval import evaluate
 from .cli_fit import fit
 from .cli_harvest import harvest
 from .cli_inspect import inspect
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command("harvest")(harvest)
 app.command("fit")(fit)
 app.command("sweep")(sweep)
+app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("inspect")(inspect)
 app.command("demo")(demo)

@@ -30,12 +30,15 @@ class Entry(NamedTuple):
 
 
 METRICS: dict[str, Entry] = {
+    "ablation_sparsity": Entry("ablation_sparsity:AblationSparsity", "text"),
     "cosine": Entry("cosine:Cosine", "rows"),
     "dead_fraction": Entry("dead_fraction:DeadFraction", "rows"),
     "density": Entry("density:Density", "rows"),
+    "downstream": Entry("downstream:Downstream", "text"),
     "explained_variance": Entry("explained_variance:ExplainedVariance", "rows"),
     "fvu": Entry("fvu:Fvu", "rows"),
     "gamma": Entry("gamma:Gamma", "rows"),
+    "ito": Entry("ito:Ito", "rows"),
     "l0": Entry("l0:L0", "rows"),
     "l1": Entry("l1:L1", "rows"),
     "mse": Entry("mse:Mse", "rows"),
@@ -48,10 +51,15 @@ def get_metric(name: str, **options: Any) -> Any:
 
     InputError lists the known ones.
     """
+    return metric_class(name)(**options)
+
+
+def metric_class(name: str) -> Any:
+    """The class of that name; InputError lists the known ones."""
     if name not in METRICS:
         raise InputError(f"Unknown metric {name!r}: choose one of {', '.join(sorted(METRICS))}.")
     module, _, attribute = METRICS[name].where.partition(":")
-    return getattr(import_module(f".{module}", __name__), attribute)(**options)
+    return getattr(import_module(f".{module}", __name__), attribute)
 
 
 def names_of(needs: Needs) -> list[str]:
@@ -87,4 +95,4 @@ def evaluate(
     return {key: value for judge in judges for key, value in judge.values(data).items()}
 
 
-__all__ = ["METRICS", "Entry", "evaluate", "get_metric", "names_of"]
+__all__ = ["METRICS", "Entry", "evaluate", "get_metric", "metric_class", "names_of"]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..evaluation.judged import Judged
+    from ..evaluation.text import TextBatch
     from .rows import Moments, RowBatch
 
 Direction = Literal["up", "down", "none"]
@@ -120,6 +121,19 @@ class ItemMetric(Metric, Protocol):
 
     def result(self, *, seed: int) -> MetricResult:
         """Over all tasks so far."""
+        ...
+
+
+class TextMetric(Metric, Protocol):
+    """Judges what reconstructions do to the language model; one instance for all SAEs of a source,
+    so that what does not depend on the SAE is done once."""
+
+    def observe(self, text: TextBatch, judged: Sequence[Judged]) -> None:
+        """One batch of contexts."""
+        ...
+
+    def result(self, judged: Judged, *, seed: int) -> MetricResult:
+        """Of one SAE, over all contexts so far."""
         ...
 
 

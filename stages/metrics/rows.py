@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..evaluation.bootstrap import Resamples, bootstrapped, described, valued
+from ..evaluation.judged import Judged
 from ..evaluation.latents import SparseLatents
 from .base import Direction, MetricResult, to_float64
 
@@ -52,11 +53,15 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class RowBatch:
-    """Rows with the latents and the reconstruction of one SAE."""
+    """Rows with the latents and the reconstruction of one SAE.
+
+    judged: that SAE, for metrics that ask more of it (not in the judgement of a fit).
+    """
 
     rows: Rows
     latents: SparseLatents
     x_hat_BD: Tensor
+    judged: Judged | None = None
 
     @cached_property
     def x_hat64_BD(self) -> Tensor:

@@ -122,6 +122,12 @@ class Sae(nn.Module, ABC):
     def start_from(self, x_BD: Tensor) -> None:
         """Whatever the first batch decides."""
 
+    @torch.no_grad()
+    def set_threshold_(self, threshold: float) -> None:
+        """Of an SAE as `initialise_` leaves it: latents become active where (x - b_dec) W_enc, or
+        x W_enc, is above the threshold. One that keeps k a row regardless has nothing to set."""
+        self.b_enc.fill_(-threshold)
+
     # --- training ---
 
     @abstractmethod

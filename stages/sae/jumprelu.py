@@ -67,6 +67,10 @@ class JumpRelu(Sae):
         super().initialise_(seed)
         self.threshold.fill_(self.start_threshold)
 
+    @torch.no_grad()
+    def set_threshold_(self, threshold: float) -> None:
+        self.threshold.fill_(threshold)
+
     def activate(self, pre_BS: Tensor) -> Tensor:
         return torch.where(pre_BS > self.threshold, torch.relu(pre_BS), 0)
 

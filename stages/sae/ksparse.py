@@ -111,6 +111,10 @@ class KSparse(Sae):
         return bool(self.threshold >= 0)
 
     @torch.no_grad()
+    def set_threshold_(self, threshold: float) -> None:
+        self.threshold.fill_(threshold)
+
+    @torch.no_grad()
     def fold_norm_factor_(self, norm_factor: float) -> None:
         super().fold_norm_factor_(norm_factor)
         self.threshold.mul_(torch.where(self.threshold < 0, 1.0, norm_factor))
