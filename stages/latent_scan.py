@@ -86,5 +86,3 @@ def _count(latents_BS: Tensor, histogram_SH: Tensor) -> None:
     place = (octaves * _BINS_AN_OCTAVE).floor().long().clamp(0, N_BINS - 1)
     flat = latent_BS[active] * N_BINS + place
     histogram_SH.view(-1).index_add_(0, flat, torch.ones_like(flat))
-
-

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
 from ..compare.grid import number
 from ..compare.intervals import Difference, Estimate
 from .groups import Group
@@ -56,7 +54,7 @@ def marker(group: Group) -> dict[str, Any]:
     }
 
 
-def pareto(name: str, curves: Sequence[Curve], y: Axis, *, x_title: str) -> Markup:
+def pareto(name: str, curves: Sequence[Curve], y: Axis, *, x_title: str) -> str:
     """A value over L0, a line for each group."""
 
     def paint(figure: Any) -> None:
@@ -118,7 +116,7 @@ class Pairing:
 
 def paired(
     name: str, pairings: Sequence[Pairing], groups: tuple[Group, Group], y: Axis, x_title: str
-) -> Markup:
+) -> str:
     """Above: each run without and with, joined. Below: the difference with its interval."""
     reference, other = groups
 
@@ -174,7 +172,7 @@ def by_concept(
     y: Axis,
     *,
     title: str,
-) -> Markup:
+) -> str:
     """One mark for each concept (letter) and group; the marks of a concept are joined."""
 
     def paint(figure: Any) -> None:
@@ -213,7 +211,7 @@ def bars_with_oracle(
     title: str,
     axis: Axis,
     chance: float,
-) -> Markup:
+) -> str:
     """Horizontal bars from chance, one for each set and group, and the oracle as a line across."""
     height = 0.9 + len(sets) * (0.13 * len(values) + 0.16)
 
@@ -256,7 +254,7 @@ def steps(
     title: str,
     x_title: str,
     y_title: str,
-) -> Markup:
+) -> str:
     """Histograms as outlines. Each: edges, and one count fewer."""
     shown = {group: _trimmed(*histogram) for group, histogram in histograms.items()}
 
@@ -292,7 +290,7 @@ def _trimmed(
     return edges[filled[0] : filled[-1] + 2], counts[filled[0] : filled[-1] + 1]
 
 
-def activations(name: str, edges: Sequence[float], counts: Sequence[int], *, title: str) -> Markup:
+def activations(name: str, edges: Sequence[float], counts: Sequence[int], *, title: str) -> str:
     """How often a latent fires how strongly: bars over a logarithmic axis."""
     edges, counts = _trimmed(edges, counts)  # type: ignore[assignment]
 

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from markupsafe import Markup
-
 from .groups import Group
 
 
@@ -13,7 +11,7 @@ class Picture:
     """A figure. caption: what it shows, as text beside it."""
 
     caption: str
-    svg: Markup
+    svg: str
     note: str = ""
 
 

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
 
-from markupsafe import Markup
-
 from ...storage.printable import printable
 
 # Stand-in -> variable of style.css. Series colours repeat after the last.
@@ -67,7 +65,7 @@ def draw(
     description: str,
     width: float = WIDTH,
     height: float = HEIGHT,
-) -> Markup:
+) -> str:
     """The <svg> of what `paint` draws on a matplotlib figure.
 
     name: unique on the page, of letters, digits and dashes; title, description: what is read out in
@@ -89,7 +87,7 @@ def draw(
     return _embedded(file.getvalue(), name, title, description)
 
 
-def _embedded(source: str, name: str, title: str, description: str) -> Markup:
+def _embedded(source: str, name: str, title: str, description: str) -> str:
     root = ElementTree.fromstring(source)
     used = set(re.findall(r"""(?:href="|url\()#([^")]+)""", source))
     for parent in list(root.iter()):
@@ -111,7 +109,7 @@ def _embedded(source: str, name: str, title: str, description: str) -> Markup:
         element = ElementTree.Element(tag, {"id": f"{name}-{tag[0]}"})
         element.text = printable(text)
         root.insert(place, element)
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def _plain(name: str) -> str:

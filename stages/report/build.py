@@ -1,0 +1,170 @@
+"""From results to the pages of a report, as text; nothing is written here."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+from ...storage import provenance
+from ..compare import Comparison
+from ..compare.choose import Judgement
+from ..compare.grid import Grid, GridRow, grids
+from ..compare.notes import notes
+from ..evaluation.results import Result
+from . import overview
+from .contexts import ContextView, context_views
+from .curves import Curves
+from .details import density_section, letters_section, ood_section
+from .figures import activations
+from .folder import INDEX, page_name
+from .groups import Groups
+from .page import Section
+from .saes import Surveyed
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridGroup:
+    """Lines of one series: they share the name at their left."""
+
+    name: str
+    rows: Sequence[GridRow]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridView:
+    title: str
+    header: Sequence[str]
+    groups: Sequence[GridGroup]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSection:
+    """One latent of a page."""
+
+    index: int
+    density: str
+    rows: str
+    picture: str | None
+    roles: Sequence[str]
+    contexts: Sequence[ContextView]
+
+
+def site(
+    comparison: Comparison, results: Sequence[Result], surveys: Iterable[Surveyed]
+) -> dict[str, str]:
+    """All pages by their path. surveys: of each run, worked off one after another."""
+    groups = Groups.of(comparison.runs)
+    title = _title(comparison.runs)
+    pages: dict[str, str] = {}
+    rows = []
+    for surveyed in surveys:
+        run = surveyed.run
+        page = None
+        if surveyed.survey is not None:
+            page = page_name(run.name, str(run.facts.get("sae_sha256")), pages)
+            pages[page] = _render(
+                "latents.html.j2",
+                title=f"Latents of {run.name}",
+                report=title,
+                run=run,
+                group=groups.of_run(run),
+                facts=overview.run_row(run, None, ""),
+                header=overview.run_header(),
+                surveyed=surveyed,
+                latents=_latent_sections(surveyed),
+            )
+        rows.append(overview.run_row(run, page, surveyed.why_not))
+    pages[INDEX] = _render(
+        "index.html.j2",
+        title=title,
+        summary=overview.summary(comparison.runs),
+        verdicts=overview.verdicts(comparison),
+        grids=[_grid_view(grid) for grid in grids(comparison)],
+        notes=notes(comparison),
+        sections=_sections(comparison, groups),
+        run_header=overview.run_header(),
+        runs=rows,
+        definitions=overview.definitions(comparison.judgements),
+        provenance=overview.provenance([result.provenance for result in results]),
+    )
+    return pages
+
+
+def _title(runs: Sequence[Judgement]) -> str:
+    models = {(run.facts.get("model"), run.facts.get("layer")) for run in runs}
+    if len(models) == 1:
+        ((model, layer),) = models
+        if model is not None:
+            return f"Sparse autoencoders of {model}, layer {layer}"
+    return "Sparse autoencoders side by side"
+
+
+def _sections(comparison: Comparison, groups: Groups) -> list[Section]:
+    curves = Curves(comparison.judgements, groups)
+    found = [
+        curves.pareto_section(),
+        curves.paired_section(),
+        letters_section(comparison.runs, groups),
+        ood_section(comparison.runs, groups),
+        density_section(comparison.runs, groups),
+    ]
+    return [section for section in found if section is not None]
+
+
+def _grid_view(grid: Grid) -> GridView:
+    """The lines of a grid with those of one series together."""
+    number = 0
+    numbered = []
+    for row in grid.rows:
+        number += row.opens
+        numbered.append((number, row))
+    groups = []
+    for _, pairs in groupby(numbered, key=lambda pair: pair[0]):
+        rows = [row for _, row in pairs]
+        groups.append(GridGroup(name=rows[0].cells[0].text, rows=rows))
+    return GridView(title=grid.title, header=grid.header, groups=groups)
+
+
+def _latent_sections(surveyed: Surveyed) -> list[LatentSection]:
+    assert surveyed.survey is not None
+    found = []
+    for latent in surveyed.survey.latents:
+        picture = None
+        if latent.counts:
+            picture = activations(
+                f"latent-{latent.index}-histogram", latent.edges, latent.counts,
+                title=f"Activations of latent {latent.index}",
+            )  # fmt: skip
+        found.append(
+            LatentSection(
+                index=latent.index,
+                density=f"{latent.density:.3%}",
+                rows=f"{latent.rows:,}",
+                picture=picture,
+                roles=surveyed.roles.get(latent.index, ()),
+                contexts=context_views(latent),
+            )
+        )
+    return found
+
+
+@cache
+def _environment() -> Any:
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("sae_pipe.stages.report"),
+        autoescape=True,  # every text comes from a file
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _render(template: str, **values: Any) -> str:
+    shared = {
+        "versions": provenance.versions(),
+        "written": provenance.now(),
+    }
+    return str(_environment().get_template(template).render(**shared, **values))
