@@ -138,21 +138,17 @@ def browser(path: str) -> Iterator[Page]:
     to_read, to_write = os.pipe()
     from_read, from_write = os.pipe()
 
-    def take_pipes() -> None:  # DevTools reads from 3 and writes to 4
-        one, other = os.dup(to_read), os.dup(from_write)
-        os.dup2(one, 3)
-        os.dup2(other, 4)
-
     with tempfile.TemporaryDirectory() as profile:
         process = subprocess.Popen(
             [
+                # DevTools reads from 3 and writes to 4.
+                "/bin/sh", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "sh",
                 path, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
                 "--no-first-run", "--disable-extensions", "--disable-background-networking",
                 "--disable-component-update", "--hide-scrollbars", "--remote-debugging-pipe",
                 f"--user-data-dir={profile}",
             ],
-            preexec_fn=take_pipes,
-            close_fds=False,
+            pass_fds=(to_read, from_write),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
