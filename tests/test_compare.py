@@ -76,6 +76,23 @@ def test_another_number_of_replicates_is_unpaired_and_none_at_all_is_no_interval
     assert not found.excludes_zero
 
 
+def test_intervals_without_replicates_are_combined_as_of_independent_numbers() -> None:
+    one = Sample(value=5, replicates_R=None, seed=0, judged_with=0, low=4, high=7)
+    other = Sample(value=2, replicates_R=None, seed=0, judged_with=0, low=1.5, high=2.2)
+    found = difference([one], [other])
+    assert found.how == "unpaired"
+    assert found.low == pytest.approx(3 - np.sqrt(1**2 + 0.2**2))
+    assert found.high == pytest.approx(3 + np.sqrt(2**2 + 0.5**2))
+    more = difference(
+        [one, replace(one, value=6, low=5.9, high=6.1, seed=1)], [other, replace(other, seed=1)]
+    )
+    assert more.value == 3.5
+    assert more.low == found.low
+    assert more.high == found.high
+    assert mean_of([one]).low == 4
+    assert mean_of([one, one]).low is None
+
+
 def test_runs_without_a_partner_of_their_seed_are_paired_with_all() -> None:
     ones, other = [2 + shifts(0), 3 + shifts(1)], 1 + shifts(2)
     found = difference([sample(2, ones[0]), sample(3, ones[1], seed=1)], [sample(1, other)])

@@ -73,6 +73,8 @@ class Judgement:
             replicates_R=_replicates(found),
             seed=self.facts.get("seed"),
             judged_with=(series.data, entry.seed),
+            low=found.low,
+            high=found.high,
         )
 
 

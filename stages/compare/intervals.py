@@ -6,8 +6,16 @@ A replicate is a metric's value on one bootstrap resample of the documents. Two 
 judged on the same data with the same seed have the same resamples, so that replicate r of one minus
 replicate r of the other is a difference on the same documents: what makes a document easy or hard
 drops out of it. The interval is that of the percentiles of those differences, pooled over seeds of
-the SAEs, so that what the seed decides widens it. Else replicates of the two are drawn independently
-of each other, and the difference is called unpaired.
+the SAEs, so that what the seed decides widens it.
+
+Else the two are taken as independent, which makes the interval wider, and the difference is called
+unpaired: replicates are drawn independently of each other; of two intervals without replicates the
+method of variance estimates recovery is used (Zou and Donner 2008, doi:10.1002/sim.3095, eq. 5),
+
+    low  = d - sqrt((a - low_a)^2 + (high_b - b)^2)      d = a - b
+    high = d + sqrt((high_a - a)^2 + (b - low_b)^2)
+
+and of several pairs of runs the lowest low and the highest high.
 """
 
 from collections.abc import Sequence
@@ -27,13 +35,16 @@ PAIRED, UNPAIRED, NO_INTERVAL = "paired", "unpaired", "no interval"
 class Sample:
     """One run's value. replicates_R: NaN where a resample does not define it; None: there are none.
 
-    seed: of the SAE; judged_with: what has to agree for replicates to be of the same resamples.
+    low, high: its own interval; seed: of the SAE; judged_with: what has to agree for replicates to
+    be of the same resamples.
     """
 
     value: float
     replicates_R: NDArray[np.float64] | None
     seed: object
     judged_with: object
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +82,8 @@ def mean_of(samples: Sequence[Sample]) -> Estimate:
     """The mean over runs; its interval is that of the replicates of all of them pooled."""
     value = float(np.mean([sample.value for sample in samples]))
     low, high = _interval([_finite(sample.replicates_R) for sample in samples])
+    if len(samples) == 1 and low is None:
+        low, high = samples[0].low, samples[0].high
     return Estimate(value=value, low=low, high=high, seeds=tuple(s.seed for s in samples))
 
 
@@ -85,6 +98,8 @@ def difference(of: Sequence[Sample], against: Sequence[Sample]) -> Difference:
     paired = all(_share_resamples(one, other) for one, other in pairs)
     differences = [_differences(one, other, paired=paired) for one, other in pairs]
     low, high = _interval(differences)
+    if low is None:
+        low, high = _recovered(pairs)
     if low is None:
         return Difference(value=value, low=None, high=None, how=NO_INTERVAL)
     return Difference(value=value, low=low, high=high, how=PAIRED if paired else UNPAIRED)
@@ -115,6 +130,18 @@ def _differences(one: Sample, other: Sample, *, paired: bool) -> NDArray[np.floa
             return None
         drawn.append(generator.choice(replicates_R, _DRAWS))
     return np.asarray(drawn[0] - drawn[1])
+
+
+def _recovered(pairs: Sequence[tuple[Sample, Sample]]) -> tuple[float, float] | tuple[None, None]:
+    """From the intervals of the two sides alone; none where a side has none."""
+    lows, highs = [], []
+    for one, other in pairs:
+        a, b = one.value, other.value
+        if one.low is None or one.high is None or other.low is None or other.high is None:
+            return None, None
+        lows.append(a - b - float(np.hypot(a - one.low, other.high - b)))
+        highs.append(a - b + float(np.hypot(one.high - a, b - other.low)))
+    return min(lows), max(highs)
 
 
 def _finite(replicates_R: NDArray[np.float64] | None) -> NDArray[np.float64] | None:

@@ -89,13 +89,11 @@ def _of_differences(comparison: Comparison) -> list[str]:
         )
     if UNPAIRED in ways:
         sentences.append(
-            f"{MARKS[UNPAIRED]} unpaired: the resamples are not the same ones (another seed or "
-            "number of them), so that replicates are drawn independently; the interval is wider."
+            f"{MARKS[UNPAIRED]} unpaired: not on the same resamples (another seed or number of them, "
+            "or none kept), so that the two are taken as independent; the interval is wider."
         )
     if NO_INTERVAL in ways:
-        sentences.append(
-            f"{MARKS[NO_INTERVAL]} no interval: there are no replicates to take it from."
-        )
+        sentences.append(f"{MARKS[NO_INTERVAL]} no interval: the two numbers have none.")
     return sentences
 
 
