@@ -3,7 +3,7 @@
 # B rows of a batch, S latents, N top rows, H bins of the histogram
 
 Sources of the kind of picture: the feature dashboards of Bricken et al. 2023, "Towards
-Monosemanticity". Bins are quarters of an octave, so that one pass serves latents of any scale.
+Monosemanticity". Bins are parts of an octave, so that one pass serves latents of any scale.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from ..storage import ActivationStore
 from .sae.base import Sae
 
 _BATCH_ROWS = 8192
-_BINS_AN_OCTAVE = 4
-_LOWEST, _HIGHEST = -16, 24  # octaves; what is beyond is counted in the outermost bins
+_BINS_AN_OCTAVE = 16
+_LOWEST, _HIGHEST = -10, 14  # octaves; what is beyond is counted in the outermost bins
 N_BINS = (_HIGHEST - _LOWEST) * _BINS_AN_OCTAVE
 
 
@@ -32,7 +32,7 @@ class Scan:
     values_NS: NDArray[np.float32]
     rows_NS: NDArray[np.int64]
     fired_S: NDArray[np.int64]
-    histogram_SH: NDArray[np.int64] | None
+    histogram_SH: NDArray[np.int32] | None
 
     @property
     def d_sae(self) -> int:
@@ -57,7 +57,7 @@ def scan_rows(
     best_NS = torch.empty(0, sae.d_sae, dtype=parameter.dtype, device=parameter.device)
     rows_NS = torch.empty(0, sae.d_sae, dtype=torch.int64, device=parameter.device)
     fired_S = torch.zeros(sae.d_sae, dtype=torch.int64, device=parameter.device)
-    histogram_SH = torch.zeros(sae.d_sae, N_BINS, dtype=torch.int64, device=parameter.device)
+    histogram_SH = torch.zeros(sae.d_sae, N_BINS, dtype=torch.int32, device=parameter.device)
     for start in range(0, n_rows, _BATCH_ROWS):
         stop = min(start + _BATCH_ROWS, n_rows)
         rows_BD = torch.from_numpy(store.heldout.read(start, stop))
@@ -85,4 +85,4 @@ def _count(latents_BS: Tensor, histogram_SH: Tensor) -> None:
     octaves = torch.log2(latents_BS[active].double()) - _LOWEST
     place = (octaves * _BINS_AN_OCTAVE).floor().long().clamp(0, N_BINS - 1)
     flat = latent_BS[active] * N_BINS + place
-    histogram_SH.view(-1).index_add_(0, flat, torch.ones_like(flat))
+    histogram_SH.view(-1).index_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))

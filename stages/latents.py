@@ -278,6 +278,6 @@ class _Text:
                     peak=int(np.nanargmax(activation_T)),
                 )
                 found[latent].append(shaded)
-        for of_latent in found.values():
-            of_latent.sort(key=lambda each: -each.largest)
+        for views in found.values():
+            views.sort(key=lambda each: -each.largest)
         return found

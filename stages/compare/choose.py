@@ -133,10 +133,10 @@ def data_key(entry: Measured) -> bytes:
 
 
 def series_of(runs: Sequence[Judgement], wanted: Sequence[str] | None) -> list[Series]:
-    """The series to show, in the order asked for, or else in that of the files.
+    """The series to show, in the order asked for.
 
     wanted: names of metrics (their headlines), metric.value, patterns with *, or `all`; None is the
-    headlines of each metric (headlines.py). InputError for what matches nothing.
+    headlines of each metric, in the order of headlines.py. InputError for what matches nothing.
     """
     data: dict[tuple[str, str], dict[bytes, None]] = {}
     for run in runs:

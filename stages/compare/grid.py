@@ -13,11 +13,12 @@ MISSING = "-"
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """What stands in a cell. is_number: it goes to the right."""
+    """What stands in a cell. is_number: it goes to the right; is_difference: it compares others."""
 
     text: str
     is_bold: bool = False
     is_number: bool = True
+    is_difference: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,9 @@ def _difference(difference: Difference | None, line: Line) -> Text:
     if difference.low is not None and difference.high is not None:
         low, high = (signed(v, line.decimals) for v in (difference.low, difference.high))
         text += f" [{low}, {high}]"
-    return Text(text=text + MARKS[difference.how], is_bold=difference.excludes_zero)
+    return Text(
+        text=text + MARKS[difference.how], is_bold=difference.excludes_zero, is_difference=True
+    )
 
 
 def number(value: float, decimals: int) -> str:
@@ -105,6 +108,6 @@ def number(value: float, decimals: int) -> str:
 
 
 def signed(value: float, decimals: int) -> str:
-    """The same with a sign."""
-    text = number(abs(value), decimals)
+    """The same with a sign, which a number that rounds to 0 keeps: -0.0000 is below 0."""
+    text = f"{abs(value):,.{decimals}f}" if abs(value) < 1e6 else f"{abs(value):.2e}"
     return ("-" if value < 0 else "+") + text

@@ -22,7 +22,7 @@ def notes(comparison: Comparison) -> list[str]:
         *_of_baselines(comparison),
         *_of_data(comparison),
         *_of_apart(comparison),
-        *_of_l0(comparison),
+        *about_l0(comparison),
         *_of_recipes(comparison),
         *_of_samples(comparison),
     ]
@@ -137,8 +137,8 @@ def _of_apart(comparison: Comparison) -> list[str]:
     ]
 
 
-def _of_l0(comparison: Comparison) -> list[str]:
-    """Where measured L0 differ, other metrics are not compared like for like."""
+def about_l0(comparison: Comparison) -> list[str]:
+    """A sentence where measured L0 differ: other metrics are not compared like for like there."""
     worst: tuple[float, str] | None = None
     for line in comparison.lines:
         values = {c: cell.estimate.value for c, cell in line.cells.items()}

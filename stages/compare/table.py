@@ -6,8 +6,8 @@ tables of their own. So `mask_p,arch,l0` is the layout of arXiv 2604.06495: for 
 metric x L0, without and with masking side by side.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...storage.errors import InputError
@@ -45,10 +45,11 @@ class Line:
 
     @property
     def decimals(self) -> int:
-        """Digits behind the point that all numbers of the line are shown with."""
+        """Digits behind the point that all numbers of the line are shown with: four that count."""
         values = [cell.estimate.value for cell in self.cells.values()]
         largest = max((abs(value) for value in values), default=0.0)
-        return next((d for d, above in ((1, 100), (2, 10), (3, 1)) if largest >= above), 4)
+        steps = ((1, 100.0), (2, 10.0), (3, 1.0), (4, 0.05), (5, 0.01))
+        return next((d for d, above in steps if largest >= above), 6 if largest >= 1e-4 else 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,18 @@ class Comparison:
     tables: list[Table]
     judgements: list[Judgement] = field(repr=False)
     series: list[Series] = field(repr=False)
+
+    def of_metrics(self, metrics: Container[str]) -> "Comparison":
+        """The same with the lines of these metrics alone."""
+        tables = [
+            replace(table, lines=[line for line in table.lines if line.series.metric in metrics])
+            for table in self.tables
+        ]
+        return replace(
+            self,
+            tables=[table for table in tables if table.lines],
+            series=[series for series in self.series if series.metric in metrics],
+        )
 
     @property
     def runs(self) -> list[Judgement]:

@@ -10,7 +10,7 @@ from ...storage import provenance
 from ..compare import Comparison
 from ..compare.choose import Judgement
 from ..compare.grid import Grid, GridRow, grids
-from ..compare.notes import notes
+from ..compare.notes import about_l0, notes
 from ..evaluation.results import Result
 from . import overview
 from .contexts import ContextView, context_views
@@ -19,7 +19,8 @@ from .details import density_section, letters_section, ood_section
 from .figures import activations
 from .folder import INDEX, page_name
 from .groups import Groups
-from .page import Section
+from .names import FOREMOST_METRICS
+from .page import LatentPages, Section
 from .saes import Surveyed
 
 
@@ -57,6 +58,7 @@ def site(
     groups = Groups.of(comparison.runs)
     title = _title(comparison.runs)
     pages: dict[str, str] = {}
+    places = LatentPages()
     rows = []
     for surveyed in surveys:
         run = surveyed.run
@@ -74,15 +76,25 @@ def site(
                 surveyed=surveyed,
                 latents=_latent_sections(surveyed),
             )
+            places.add(run, page, (latent.index for latent in surveyed.survey.latents))
         rows.append(overview.run_row(run, page, surveyed.why_not))
+    foremost = comparison.of_metrics(FOREMOST_METRICS)
+    shown = foremost if foremost.tables else comparison
+    verdicts = overview.verdicts(comparison)
     pages[INDEX] = _render(
         "index.html.j2",
         title=title,
         summary=overview.summary(comparison.runs),
-        verdicts=overview.verdicts(comparison),
-        grids=[_grid_view(grid) for grid in grids(comparison)],
-        notes=notes(comparison),
-        sections=_sections(comparison, groups),
+        verdicts=[each for each in verdicts if each.series in shown.series],
+        more_verdicts=[each for each in verdicts if each.series not in shown.series],
+        cautions=about_l0(comparison),
+        grids=[_grid_view(grid) for grid in grids(shown)],
+        notes=notes(shown),
+        all_grids=[_grid_view(grid) for grid in grids(comparison)]
+        if len(shown.series) < len(comparison.series)
+        else [],
+        all_notes=notes(comparison),
+        sections=_sections(comparison, groups, places),
         run_header=overview.run_header(),
         runs=rows,
         definitions=overview.definitions(comparison.judgements),
@@ -100,12 +112,12 @@ def _title(runs: Sequence[Judgement]) -> str:
     return "Sparse autoencoders side by side"
 
 
-def _sections(comparison: Comparison, groups: Groups) -> list[Section]:
+def _sections(comparison: Comparison, groups: Groups, places: LatentPages) -> list[Section]:
     curves = Curves(comparison.judgements, groups)
     found = [
         curves.pareto_section(),
         curves.paired_section(),
-        letters_section(comparison.runs, groups),
+        letters_section(comparison.runs, groups, places),
         ood_section(comparison.runs, groups),
         density_section(comparison.runs, groups),
     ]
@@ -139,7 +151,7 @@ def _latent_sections(surveyed: Surveyed) -> list[LatentSection]:
         found.append(
             LatentSection(
                 index=latent.index,
-                density=f"{latent.density:.3%}",
+                density=f"{100 * latent.density:.3g} %",
                 rows=f"{latent.rows:,}",
                 picture=picture,
                 roles=surveyed.roles.get(latent.index, ()),

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from ..compare.choose import Judgement, Series, baselines_of, series_of
-from ..compare.facts import fact, label, sort_key
+from ..compare.facts import fact, sort_key
 from ..compare.headlines import DIRECTIONS
 from ..compare.intervals import Difference, Estimate, Sample, difference, mean_of
-from .figures import Axis, Curve, Pairing, paired, pareto
+from .figures import Axis, Curve, Pairing, beyond, paired, pareto
 from .groups import Group, Groups, baseline_group
 from .names import FOREMOST, title_of
 from .page import Picture, Section
@@ -79,7 +79,9 @@ class Curves:
         x_title = "active latents a row (L0)"
         shown = [curve for curve in curves if curve.points]
         return Picture(
-            caption=f"{axis.label} over L0", svg=pareto(name, shown, axis, x_title=x_title)
+            caption=f"{axis.label} over L0",
+            svg=pareto(name, shown, axis, x_title=x_title),
+            note=beyond(shown),
         )
 
     def _of(self, group: Group) -> list[Judgement]:
@@ -140,7 +142,7 @@ class Curves:
             x_title = "L0 asked for"
             pictures.append(
                 Picture(
-                    caption=f"{axis.label}: {other.label} against {label('mask_p', reference.mask_p)}",
+                    caption=f"{axis.label}: {other.label} against {reference.label}",
                     svg=paired(
                         f"paired-{number}-{place}", pairings, (reference, other), axis, x_title
                     ),

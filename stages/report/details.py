@@ -10,7 +10,7 @@ from ..compare.choose import Judgement
 from ..compare.facts import fact, label, sort_key
 from .figures import Axis, bars_with_oracle, by_concept, steps
 from .groups import Group, Groups
-from .page import DataTable, Picture, Section
+from .page import Cell, DataTable, LatentPages, Link, Picture, Section
 
 _CHANCE = 0.5  # AUC of a probe that knows nothing
 _MOST_EXAMPLES = 10
@@ -18,9 +18,12 @@ _MOST_EXAMPLES = 10
 Details = Mapping[str, Any]
 
 
-def letters_section(runs: Sequence[Judgement], groups: Groups) -> Section | None:
+def letters_section(
+    runs: Sequence[Judgement], groups: Groups, places: LatentPages
+) -> Section | None:
     """Absorption by concept: a picture for each L0, a table with examples for each run."""
-    pictures, tables, shown_groups = [], [], {}
+    shown_groups: dict[Group, None] = {}
+    pictures, tables = [], []
     for number, (title, judged) in enumerate(_panels(runs, "absorption", groups)):
         shares = _means(judged, groups, "concepts", _concept_share)
         concepts = sorted({concept for share in shares.values() for concept in share})
@@ -32,7 +35,7 @@ def letters_section(runs: Sequence[Judgement], groups: Groups) -> Section | None
             title=f"Full absorption by concept, {title}",
         )  # fmt: skip
         pictures.append(Picture(caption=title, svg=picture))
-        tables += [_concept_table(run, details) for run, details in judged]
+        tables += [_concept_table(run, details, places) for run, details in judged]
     if not pictures:
         return None
     return Section(
@@ -54,25 +57,23 @@ def _concept_share(entry: Details) -> tuple[str, float] | None:
     return None if name is None or share is None else (str(name), share)
 
 
-def _concept_table(run: Judgement, details: Details) -> DataTable:
-    rows = []
+def _concept_table(run: Judgement, details: Details, places: LatentPages) -> DataTable:
+    rows: list[list[Cell]] = []
     for entry in _entries(details, "concepts"):
-        examples = [
-            f"{str(each.get('word', '')).strip()} (latent {each.get('latent')}"
-            + (f", {share:.0%})" if (share := _number(each.get("share"))) is not None else ")")
-            for each in _entries(entry, "absorbed")[:_MOST_EXAMPLES]
-        ]
         main = entry.get("main")
+        words = _entries(entry, "absorbed")[:_MOST_EXAMPLES]
         rows.append(
             [
                 str(entry.get("concept", "")),
                 str(entry.get("words", "-")),
                 _text(entry.get("probe_f1"), ".2f"),
                 _text(entry.get("k1_f1"), ".2f"),
-                ", ".join(map(str, main)) if isinstance(main, list) else "-",
+                _joined([[places.link(run, each)] for each in main])
+                if isinstance(main, list)
+                else "-",
                 _text(entry.get("full_absorption"), ".0%"),
                 _text(entry.get("absorption_fraction"), ".0%"),
-                ", ".join(examples) or "none",
+                _joined([_word(run, each, places) for each in words]) or "none",
             ]
         )
     refused = details.get("refused_concepts")
@@ -91,9 +92,29 @@ def _concept_table(run: Judgement, details: Details) -> DataTable:
     )  # fmt: skip
 
 
+def _word(run: Judgement, example: Details, places: LatentPages) -> list[Link]:
+    share = _text(example.get("share"), ".0%")
+    return [
+        Link(text=f"{str(example.get('word', '')).strip()} (latent "),
+        places.link(run, example.get("latent")),
+        Link(text=f", {share})"),
+    ]
+
+
+def _joined(parts: Sequence[Sequence[Link]]) -> list[Link]:
+    """Parts with commas between them."""
+    found: list[Link] = []
+    for part in parts:
+        found += [Link(text=", ")] if found else []
+        found += part
+    return found
+
+
 def ood_section(runs: Sequence[Judgement], groups: Groups) -> Section | None:
     """AUC on each set out of distribution, with the oracle's."""
-    pictures, shown_groups, malformed = [], {}, {}
+    shown_groups: dict[Group, None] = {}
+    malformed: dict[str, None] = {}
+    pictures = []
     for number, (title, judged) in enumerate(_panels(runs, "ood_probing", groups)):
         values = _means(judged, groups, "tasks", _task_value("ood_auc"))
         oracles = _means(judged, groups, "tasks", _task_value("oracle_ood_auc"))
@@ -139,7 +160,8 @@ def _task_value(key: str) -> Callable[[Details], tuple[str, float] | None]:
 
 def density_section(runs: Sequence[Judgement], groups: Groups) -> Section | None:
     """How often latents fire, as histograms over latents."""
-    pictures, shown_groups = [], {}
+    shown_groups: dict[Group, None] = {}
+    pictures = []
     for number, (title, judged) in enumerate(_panels(runs, "density", groups)):
         by_group: dict[Group, list[tuple[list[float], list[float], int]]] = {}
         for run, details in judged:
@@ -154,8 +176,8 @@ def density_section(runs: Sequence[Judgement], groups: Groups) -> Section | None
             group: (found[0][0], [sum(c) / len(found) for c in zip(*(h[1] for h in found), strict=True)])
             for group, found in by_group.items()
         }  # fmt: skip
-        never = ", ".join(
-            f"{group.label} {sum(h[2] for h in found) / len(found):g}"
+        never = "; ".join(
+            f"{group.label}: {sum(h[2] for h in found) / len(found):g}"
             for group, found in by_group.items()
         )
         picture = steps(

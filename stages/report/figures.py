@@ -5,6 +5,7 @@ An error bar is a 95 % interval. Which colour and mark stands for what is in the
 as text (`groups.py`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from ..compare.grid import number
 from ..compare.intervals import Difference, Estimate
 from .groups import Group
 from .svg import GRID, HEIGHT, INK, MUTED, SERIES, SURFACE, draw
+
+_MOST_BARS = 24
 
 ARROW_WORDS = {"up": "more is better", "down": "less is better", "none": "no way is better"}
 
@@ -70,6 +73,7 @@ def pareto(name: str, curves: Sequence[Curve], y: Axis, *, x_title: str) -> str:
             if curve.seeds:
                 axes.plot(*zip(*curve.seeds, strict=True), ".", color=own, markersize=2.5, zorder=3)
         _l0_axis(axes, [x for curve in curves for x, _ in curve.points])
+        axes.set_ylim(*span(curves))
         axes.set(xlabel=x_title, ylabel=y.label)
 
     words = "; ".join(
@@ -85,6 +89,38 @@ def pareto(name: str, curves: Sequence[Curve], y: Axis, *, x_title: str) -> str:
         title=f"{y.title} over L0",
         description=f"{ARROW_WORDS[y.direction]}. {words}.",
     )
+
+
+def span(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Limits of the values: all of the runs, and of baselines what is not far from them."""
+
+    def ends(chosen: Sequence[Curve]) -> list[float]:
+        every = [estimate for curve in chosen for _, estimate in curve.points]
+        found = [e.value for e in every] + [e.low for e in every if e.low is not None]
+        found += [e.high for e in every if e.high is not None]
+        return found + [value for curve in chosen for _, value in curve.seeds]
+
+    own = ends([curve for curve in curves if curve.group.slot is not None]) or ends(curves)
+    low, high = min(own), max(own)
+    size = (high - low) or abs(high) or 1.0
+    for value in ends(curves):
+        if low - size <= value <= high + size:
+            own.append(value)
+    low, high = min(own), max(own)
+    margin = 0.07 * ((high - low) or abs(high) or 1.0)
+    return low - margin, high + margin
+
+
+def beyond(curves: Sequence[Curve]) -> str:
+    """What does not fit into the picture, in words; empty where all fits."""
+    low, high = span(curves)
+    found = [
+        f"{curve.group.label} {number(e.value, 2)} at L0 {x:.0f}"
+        for curve in curves
+        for x, e in sorted(curve.points, key=_first)
+        if not low <= e.value <= high
+    ]
+    return f"Beyond the picture: {', '.join(found)}." if found else ""
 
 
 def _first(point: tuple[float, Estimate]) -> float:
@@ -292,14 +328,15 @@ def _trimmed(
 
 def activations(name: str, edges: Sequence[float], counts: Sequence[int], *, title: str) -> str:
     """How often a latent fires how strongly: bars over a logarithmic axis."""
-    edges, counts = _trimmed(edges, counts)  # type: ignore[assignment]
+    edges, counts = _merged(edges, counts)
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         axes.stairs(counts, edges, fill=True, color=SERIES[0], linewidth=0)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: "")
+        axes.set_xscale("log", base=10)
+        ticks = _ticks(edges[0], edges[-1])
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
         axes.set_ylim(bottom=0)
         axes.yaxis.get_major_locator().set_params(nbins=3, integer=True)
         axes.set(xlabel="activation", ylabel="rows")
@@ -316,3 +353,21 @@ def activations(name: str, edges: Sequence[float], counts: Sequence[int], *, tit
         width=2.9,
         height=1.35,
     )
+
+
+def _merged(edges: Sequence[float], counts: Sequence[int]) -> tuple[list[float], list[int]]:
+    """Neighbouring bins together, so that there are few enough bars to see."""
+    each = -(-len(counts) // _MOST_BARS)
+    merged = [sum(counts[start : start + each]) for start in range(0, len(counts), each)]
+    return [*edges[: len(counts) : each], edges[-1]], merged
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """A few round numbers of a logarithmic axis."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps_ in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        found = [step * 10.0**decade for decade in decades for step in steps_]
+        inside = [value for value in found if low <= value <= high]
+        if len(inside) >= 3:
+            return inside
+    return [low, high] if len(inside) < 2 else inside

@@ -5,7 +5,7 @@ is all that differs, and else for everything but the mask ratio, which is then t
 hollow without a mask, filled with one. Marks differ too, so that no picture needs its colours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,10 @@ from ..compare.facts import WHAT_IT_IS, fact, label, shown, sort_key
 
 _MARKS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖", "p": "⬟"}
 _HOLLOW = {"o": "○", "s": "□", "D": "◇", "^": "△", "v": "▽", "P": "✚", "X": "✖", "p": "⬠"}
-_ALWAYS_SAID = ("arch", "mask_p")
-_ALONG = ("k",)  # drawn along an axis
+_ARCH, _MASK = "arch", "mask_p"
+_ALONG = "k"  # drawn along an axis
+# What makes groups, in the order of their labels.
+_KEYS = (_ARCH, *(key for key in WHAT_IT_IS if key not in (_ARCH, _MASK, _ALONG)), _MASK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,31 +53,27 @@ class Groups:
 
     @classmethod
     def of(cls, runs: Sequence[Judgement]) -> "Groups":
-        keys = tuple(
-            key
-            for key in WHAT_IT_IS
-            if key not in _ALONG
-            and (key in _ALWAYS_SAID or len({fact(run.facts, key) for run in runs}) > 1)
-        )
+        differing = [key for key in _KEYS if len({fact(run.facts, key) for run in runs}) > 1]
+        said = differing or [_ARCH, _MASK]
+        keys = tuple(dict.fromkeys([*differing, _ARCH, _MASK]))
         found = {tuple(fact(run.facts, key) for key in keys) for run in runs}
         ordered = sorted(found, key=lambda values: [sort_key(value) for value in values])
-        others = list(dict.fromkeys(_without_mask(keys, values) for values in ordered))
-        masks = sorted({values[keys.index("mask_p")] for values in ordered}, key=sort_key)
-        marks = list(_MARKS)
-        groups: dict[tuple[Any, ...], Group] = {}
-        for values in ordered:
-            mask = values[keys.index("mask_p")]
-            other = others.index(_without_mask(keys, values))
-            slot, mark = (masks.index(mask),) * 2 if len(others) == 1 else (other, other)
-            is_masked = mask not in (None, 0)
+        kinds = [dict(zip(keys, values, strict=True)) for values in ordered]
+        others = list(dict.fromkeys(_label(kind, keys, but=_MASK) for kind in kinds))
+        masks = sorted({kind[_MASK] for kind in kinds}, key=sort_key)
+        groups = {}
+        for values, kind in zip(ordered, kinds, strict=True):
+            place = others.index(_label(kind, keys, but=_MASK))
+            slot = masks.index(kind[_MASK]) if len(others) == 1 else place
+            is_masked = kind[_MASK] not in (None, 0) or len(masks) == 1
             groups[values] = Group(
-                label=_label(keys, values),
+                label=_label(kind, said),
                 slot=slot,
-                mark=marks[mark % len(marks)],
-                is_filled=is_masked or len(masks) == 1,
-                line="-" if is_masked or len(masks) == 1 else "--",
-                mask_p=mask,
-                apart_from_mask=_label(*_without_mask(keys, values)),
+                mark=list(_MARKS)[slot % len(_MARKS)],
+                is_filled=is_masked,
+                line="-" if is_masked else "--",
+                mask_p=kind[_MASK],
+                apart_from_mask=_label(kind, said, but=_MASK),
             )
         return cls(keys, groups)
 
@@ -87,13 +85,8 @@ class Groups:
         return list(self.by_values.values())
 
 
-def _without_mask(
-    keys: tuple[str, ...], values: tuple[Any, ...]
-) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    pairs = [(key, value) for key, value in zip(keys, values, strict=True) if key != "mask_p"]
-    return tuple(key for key, _ in pairs), tuple(value for _, value in pairs)
-
-
-def _label(keys: Sequence[str], values: Sequence[Any]) -> str:
-    pairs = zip(keys, values, strict=True)
-    return ", ".join(shown(value) if key == "arch" else label(key, value) for key, value in pairs)
+def _label(kind: Mapping[str, Any], keys: Iterable[str], *, but: str | None = None) -> str:
+    parts = [
+        shown(kind[key]) if key == _ARCH else label(key, kind[key]) for key in keys if key != but
+    ]
+    return ", ".join(parts)

@@ -2,12 +2,16 @@
 
 # Of these a picture stands in the page; of other values with a better direction it is folded away.
 FOREMOST = (
+    ("absorption", "full_absorption_score"),
     ("explained_variance", "explained_variance"),
     ("downstream", "delta_ce"),
-    ("absorption", "full_absorption_score"),
     ("sparse_probing", "accuracy_k1"),
+    ("tpp", "tpp_20"),
+    ("scr", "scr_20"),
     ("ood_probing", "ood_auc"),
 )
+# Headlines of these stand in the table of the page; the table of all metrics is folded away.
+FOREMOST_METRICS = (*(metric for metric, _ in FOREMOST), "l0")
 
 _TITLES = {
     ("explained_variance", "explained_variance"): "explained variance",
@@ -20,6 +24,8 @@ _TITLES = {
     ("sparse_probing", "accuracy_k5"): "accuracy of 5-latent probes",
     ("ood_probing", "ood_auc"): "AUC out of distribution",
     ("ood_probing", "ood_auc_without_malformed"): "AUC out of distribution, sound sets",
+    ("tpp", "tpp_20"): "targeted probe perturbation, 20 latents",
+    ("scr", "scr_20"): "spurious correlation removal, 20 latents",
     ("fvu", "fvu"): "fraction of variance unexplained",
     ("mse", "mse"): "mean squared error",
     ("mse_per_token", "mse_per_token"): "squared error a token",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..compare import Comparison
-from ..compare.choose import Judgement
+from ..compare.choose import Judgement, Series
 from ..compare.facts import fact, label, name_of, shown, sort_key
 from ..compare.table import Line
 from .names import title_of
@@ -29,6 +29,7 @@ _FOLDED_FACTS = (
 class Verdict:
     """How the comparisons of one value ended: labels of lines by outcome."""
 
+    series: Series
     title: str
     against: str
     better: list[str]
@@ -65,6 +66,7 @@ def _verdict(comparison: Comparison, column: Any, lines: Sequence[tuple[str, Lin
         outcomes[outcome].append(", ".join(parts) or "here")
     series = lines[0][1].series
     return Verdict(
+        series=series,
         title=title_of(series.metric, series.value),
         against=f"{label(comparison.compared, column)} against "
         f"{label(comparison.compared, comparison.columns[0])}",

@@ -28,7 +28,7 @@ _NAMESPACE = re.compile(r"^\{[^}]*\}")
 
 WIDTH, HEIGHT = 3.9, 2.9  # inches of 72 points; a page shows one at 340 to 460 pixels
 
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sae-pipe",  # the same figure gives the same bytes
     "text.parse_math": False,  # a name with dollar signs is a name
