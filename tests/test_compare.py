@@ -233,6 +233,17 @@ def test_a_value_that_is_not_defined_is_a_dash() -> None:
     assert [cell.text for cell in grid.rows[0].cells[2:5]] == ["0.7000", "-", "-"]
 
 
+def test_a_metric_that_was_refused_everywhere_is_named_with_its_reason() -> None:
+    refused = entry(
+        "absorption", {"full": value_of(0, None)}, details={"refused": "Too few letters."}
+    )
+    refused = replace(refused, values={"full": replace(refused.values["full"], value=None)})
+    other = entry("m", {"m": value_of(1, shifts(0))})
+    comparison = compare([result(OUT, refused, other)])
+    assert [line.series.name for line in comparison.lines] == ["m"]
+    assert "No value of absorption.full. Too few letters." in notes(comparison)
+
+
 def test_one_run_alone_is_a_table_without_differences() -> None:
     comparison = compare(experiment(OUT, seeds=(0,), ks=(20,))[:1])
     (grid,) = grids(comparison)
@@ -317,8 +328,8 @@ def test_recipes_that_differ_inside_a_cell_are_named() -> None:
 
 def test_measured_l0_that_differ_are_pointed_out() -> None:
     assert (
-        "Measured L0 differ by more than 20 % in a line, so that other metrics there are not compared "
-        "like for like; most at l0 at L0 10: without mask 10.0, p = 0.3 15.0."
+        "Measured L0 differ by more than 20 % between columns, so that other metrics are not compared "
+        "like for like there. Most where L0 10; without mask: 10.0, p = 0.3: 15.0."
     ) in notes(compare(experiment(OUT)))
 
 
@@ -486,7 +497,9 @@ def test_numbers_are_shown_with_their_sign_and_never_as_a_false_zero(
     shown = float(text.replace(",", ""))
     assert (shown == 0) == (value == 0) or abs(value) < 1e-300
     assert shown == pytest.approx(value, rel=0.01, abs=0.5 * 10.0**-digits)
-    assert signed(value, digits).lstrip("+-") == number(abs(value), digits)
+    with_sign = signed(value, digits)
+    assert with_sign[0] == ("-" if value < 0 else "+")
+    assert float(with_sign.replace(",", "")) == pytest.approx(value, rel=0.01, abs=10.0**-digits)
 
 
 def test_values_of_keys_are_in_order_and_named_as_in_the_paper() -> None:

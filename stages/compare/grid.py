@@ -25,6 +25,7 @@ class Text:
 class GridRow:
     """One line; opens: whether a new series begins with it, whose name others leave out."""
 
+    line: Line
     cells: list[Text]
     opens: bool
 
@@ -62,7 +63,7 @@ def _rows(comparison: Comparison, table: Table) -> Iterator[GridRow]:
         cells = [Text(text=_name(comparison, line) if opens else "", is_number=False)]
         if comparison.line_key is not None:
             cells.append(Text(text=shown(line.key_value)))
-        yield GridRow(cells=[*cells, *_numbers(comparison, line)], opens=opens)
+        yield GridRow(line=line, cells=[*cells, *_numbers(comparison, line)], opens=opens)
 
 
 def _name(comparison: Comparison, line: Line) -> str:

@@ -20,6 +20,7 @@ def notes(comparison: Comparison) -> list[str]:
         *_of_seeds(comparison),
         *_of_differences(comparison),
         *_of_baselines(comparison),
+        *_of_refused(comparison),
         *_of_data(comparison),
         *_of_apart(comparison),
         *about_l0(comparison),
@@ -112,6 +113,19 @@ def _of_baselines(comparison: Comparison) -> list[str]:
     return sentences
 
 
+def _of_refused(comparison: Comparison) -> list[str]:
+    """Series without a number, with the reason that their metric gives."""
+    shown_series = {line.series for line in comparison.lines}
+    by_reason: dict[str, dict[str, None]] = {}
+    for series in comparison.series:
+        if series not in shown_series:
+            entries = (run.entry(series) for run in comparison.runs)
+            reasons = (entry.details.get("refused") for entry in entries if entry is not None)
+            reason = next((each for each in reasons if isinstance(each, str)), "It is not defined.")
+            by_reason.setdefault(reason, {})[series.name] = None
+    return [f"No value of {', '.join(names)}. {reason}" for reason, names in by_reason.items()]
+
+
 def _of_data(comparison: Comparison) -> list[str]:
     """One sentence for each metric that some runs were judged on other data than others for."""
     sentences = []
@@ -146,13 +160,16 @@ def about_l0(comparison: Comparison) -> list[str]:
             continue
         low, high = min(values.values()), max(values.values())
         if high > _MUCH * low and (worst is None or high / low > worst[0]):
-            each = ", ".join(f"{label(comparison.compared, c)} {v:.1f}" for c, v in values.items())
-            worst = high / low, f"{place(comparison, line)}: {each}"
+            where = (
+                [] if comparison.line_key is None else [label(comparison.line_key, line.key_value)]
+            )
+            each = ", ".join(f"{label(comparison.compared, c)}: {v:.1f}" for c, v in values.items())
+            worst = high / low, "; ".join([*where, each])
     if worst is None:
         return []
     return [
-        "Measured L0 differ by more than 20 % in a line, so that other metrics there are not "
-        f"compared like for like; most at {worst[1]}."
+        "Measured L0 differ by more than 20 % between columns, so that other metrics are not compared "
+        f"like for like there. Most where {worst[1]}."
     ]
 
 

@@ -1,5 +1,6 @@
 """From results to the pages of a report, as text; nothing is written here."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -9,8 +10,8 @@ from typing import Any
 from ...storage import provenance
 from ..compare import Comparison
 from ..compare.choose import Judgement
-from ..compare.grid import Grid, GridRow, grids
-from ..compare.notes import about_l0, notes
+from ..compare.grid import GridRow, grids
+from ..compare.notes import ARROWS, about_l0, notes, source_label
 from ..evaluation.results import Result
 from . import overview
 from .contexts import ContextView, context_views
@@ -19,16 +20,19 @@ from .details import density_section, letters_section, ood_section
 from .figures import activations
 from .folder import INDEX, page_name
 from .groups import Groups
-from .names import FOREMOST_METRICS
+from .names import FOREMOST_METRICS, title_of
 from .page import LatentPages, Section
 from .saes import Surveyed
+
+_TOGETHER = re.compile(r"(?<=\d) (?=%)|(?<=\bL0) (?=\d)|(?<=\bp) (?== \d)|(?<=\bp =) (?=\d)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridGroup:
-    """Lines of one series: they share the name at their left."""
+    """Lines of one series: they share what stands at their left. code: as commands name it."""
 
-    name: str
+    title: str
+    code: str
     rows: Sequence[GridRow]
 
 
@@ -88,11 +92,9 @@ def site(
         verdicts=[each for each in verdicts if each.series in shown.series],
         more_verdicts=[each for each in verdicts if each.series not in shown.series],
         cautions=about_l0(comparison),
-        grids=[_grid_view(grid) for grid in grids(shown)],
+        grids=_grid_views(shown),
         notes=notes(shown),
-        all_grids=[_grid_view(grid) for grid in grids(comparison)]
-        if len(shown.series) < len(comparison.series)
-        else [],
+        all_grids=_grid_views(comparison) if len(shown.series) < len(comparison.series) else [],
         all_notes=notes(comparison),
         sections=_sections(comparison, groups, places),
         run_header=overview.run_header(),
@@ -124,18 +126,23 @@ def _sections(comparison: Comparison, groups: Groups, places: LatentPages) -> li
     return [section for section in found if section is not None]
 
 
-def _grid_view(grid: Grid) -> GridView:
-    """The lines of a grid with those of one series together."""
-    number = 0
-    numbered = []
-    for row in grid.rows:
-        number += row.opens
-        numbered.append((number, row))
-    groups = []
-    for _, pairs in groupby(numbered, key=lambda pair: pair[0]):
-        rows = [row for _, row in pairs]
-        groups.append(GridGroup(name=rows[0].cells[0].text, rows=rows))
-    return GridView(title=grid.title, header=grid.header, groups=groups)
+def _grid_views(comparison: Comparison) -> list[GridView]:
+    """Tables with the lines of one series together."""
+    views = []
+    for grid in grids(comparison):
+        groups = []
+        for series, pairs in groupby(grid.rows, key=lambda row: row.line.series):
+            rows = list(pairs)
+            arrow, data = ARROWS[rows[0].line.direction], source_label(comparison, series)
+            groups.append(
+                GridGroup(
+                    title=f"{title_of(series.metric, series.value)} {arrow}".rstrip(),
+                    code=f"{series.name} on {data}" if data else series.name,
+                    rows=rows,
+                )
+            )
+        views.append(GridView(title=grid.title, header=grid.header, groups=groups))
+    return views
 
 
 def _latent_sections(surveyed: Surveyed) -> list[LatentSection]:
@@ -165,13 +172,21 @@ def _latent_sections(surveyed: Surveyed) -> list[LatentSection]:
 def _environment() -> Any:
     import jinja2
 
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sae_pipe.stages.report"),
         autoescape=True,  # every text comes from a file
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["kept"] = kept_together
+    return environment
+
+
+def kept_together(text: str) -> str:
+    """Numbers and what belongs to them stay on one line: 95 %, L0 20, p = 0.3."""
+    # What is escaped already (a Markup) stays marked so.
+    return type(text)(_TOGETHER.sub("\N{NO-BREAK SPACE}", text))
 
 
 def _render(template: str, **values: Any) -> str:

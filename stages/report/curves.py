@@ -18,7 +18,8 @@ _PARETO_TEXT = (
 )
 _PAIRED_TEXT = (
     "Above, each line joins two SAEs of one seed. Below, the mean difference with its 95 % interval; "
-    "a filled mark is a difference whose interval excludes 0, a hollow one may be none."
+    "a filled mark is a difference whose interval excludes 0, a hollow one may be none. Places are by "
+    "the L0 asked for; what was measured is in the curves above."
 )
 
 
