@@ -142,7 +142,7 @@ def test_the_table_has_the_papers_layout_with_means_over_seeds() -> None:
         "metric", "L0", "without mask", "p = 0.3", "difference",
         "untrained", "random latents", "mean", "oracle",
     ]  # fmt: skip
-    first = [cell.text for cell in grid.rows[3].cells]
+    first = [cell.text for cell in grid.rows[0].cells]
     assert first[:4] == ["absorption.mean_full ↑", "10", "87.05", "90.05"]
     assert first[5:] == ["95.00", "-", "-", "-"]
     assert re.fullmatch(r"\+3\.00 \[\+2\.\d\d, \+3\.\d\d\]", first[4])
@@ -248,7 +248,7 @@ def test_one_run_alone_is_a_table_without_differences() -> None:
     comparison = compare(experiment(OUT, seeds=(0,), ks=(20,))[:1])
     (grid,) = grids(comparison)
     assert grid.header[:4] == ["metric", "L0", "without mask", "untrained"]
-    assert [row.cells[2].text for row in grid.rows] == ["0.7000", "88.00", "20.00"]
+    assert [row.cells[2].text for row in grid.rows] == ["88.00", "0.7000", "20.00"]
     assert notes(comparison)[0] == (
         "Each number is of one SAE: what another seed would give is not in any interval."
     )
@@ -363,9 +363,9 @@ def test_metrics_are_chosen_by_name_value_and_pattern_in_the_order_asked_for() -
     assert names("l0", "absorption") == ["l0", "absorption.mean_full"]
     assert names("absorption.raw") == ["absorption.raw"]
     assert names("absorption.*") == ["absorption.mean_full", "absorption.raw"]
-    assert names("all") == ["explained_variance", "absorption.mean_full", "absorption.raw", "l0"]
+    assert names("all") == ["absorption.mean_full", "absorption.raw", "explained_variance", "l0"]
     with pytest.raises(InputError, match=re.escape(
-        "--metrics 'tpp' matches nothing. These results have explained_variance, absorption, l0; a "
+        "--metrics 'tpp' matches nothing. These results have absorption, explained_variance, l0; a "
         "name with .* shows all values of one, and `all` everything."
     )):  # fmt: skip
         names("tpp")
@@ -467,7 +467,7 @@ def test_csv_gives_back_what_was_put_in() -> None:
     rows = list(csv.DictReader(io.StringIO(render(comparison, "csv"))))
     assert {row["arch"] for row in rows} == {HOSTILE}
     masked = next(r for r in rows if (r["value_name"], r["mask_p"]) == ("mean_full", "0.3"))
-    found = comparison.lines[1].differences[0.3]
+    found = comparison.lines[0].differences[0.3]
     assert float(masked["difference_low"]) == found.low
     assert masked["excludes_zero"] == "True"
     assert {row["baseline"] for row in rows} == {"", "untrained"}

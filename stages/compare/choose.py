@@ -148,7 +148,8 @@ def series_of(runs: Sequence[Judgement], wanted: Sequence[str] | None) -> list[S
     if wanted is None:
         chosen = [(metric, value) for metric, values in headlines.items() for value in values]
     else:
-        chosen = [pair for name in wanted for pair in _matching(name, list(data), headlines)]
+        everything = [pair for metric in headlines for pair in data if pair[0] == metric]
+        chosen = [pair for name in wanted for pair in _matching(name, everything, headlines)]
     return [
         Series(metric=metric, value=value, data=key)
         for metric, value in dict.fromkeys(chosen)
@@ -157,13 +158,17 @@ def series_of(runs: Sequence[Judgement], wanted: Sequence[str] | None) -> list[S
 
 
 def _headlines(pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """By metric, in the order of tables: the values that stand for it."""
     values: dict[str, list[str]] = {}
     for metric, value in pairs:
         values.setdefault(metric, []).append(value)
-    return {
-        metric: [v for v in (*HEADLINES.get(metric, ()), metric) if v in of_metric] or of_metric[:1]
-        for metric, of_metric in values.items()
-    }
+    ordered = [metric for metric in HEADLINES if metric in values]
+    ordered += [metric for metric in values if metric not in HEADLINES]
+    found = {}
+    for metric in ordered:
+        wanted = HEADLINES.get(metric, (metric,))
+        found[metric] = [v for v in wanted if v in values[metric]] or values[metric][:1]
+    return found
 
 
 def _matching(

@@ -89,8 +89,8 @@ def site(
         "index.html.j2",
         title=title,
         summary=overview.summary(comparison.runs),
-        verdicts=[each for each in verdicts if each.series in shown.series],
-        more_verdicts=[each for each in verdicts if each.series not in shown.series],
+        verdicts=[each for each in verdicts if each.is_foremost],
+        more_verdicts=[each for each in verdicts if not each.is_foremost],
         cautions=about_l0(comparison),
         grids=_grid_views(shown),
         notes=notes(shown),
@@ -99,6 +99,7 @@ def site(
         sections=_sections(comparison, groups, places),
         run_header=overview.run_header(),
         runs=rows,
+        missing=_missing(rows),
         definitions=overview.definitions(comparison.judgements),
         provenance=overview.provenance([result.provenance for result in results]),
     )
@@ -112,6 +113,15 @@ def _title(runs: Sequence[Judgement]) -> str:
         if model is not None:
             return f"Sparse autoencoders of {model}, layer {layer}"
     return "Sparse autoencoders side by side"
+
+
+def _missing(rows: Sequence[overview.RunRow]) -> list[tuple[str, list[str]]]:
+    """Why runs have no page of latents, with the names of the runs."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.why_no_page:
+            found.setdefault(row.why_no_page, []).append(row.name)
+    return list(found.items())
 
 
 def _sections(comparison: Comparison, groups: Groups, places: LatentPages) -> list[Section]:
@@ -136,7 +146,7 @@ def _grid_views(comparison: Comparison) -> list[GridView]:
             arrow, data = ARROWS[rows[0].line.direction], source_label(comparison, series)
             groups.append(
                 GridGroup(
-                    title=f"{title_of(series.metric, series.value)} {arrow}".rstrip(),
+                    title=f"{title_of(series.metric, series.value)}\N{NO-BREAK SPACE}{arrow}".strip(),
                     code=f"{series.name} on {data}" if data else series.name,
                     rows=rows,
                 )

@@ -49,6 +49,7 @@ def letters_section(
         legend=list(shown_groups),
         pictures=pictures,
         tables=tables,
+        tables_title="Words and latents, run by run",
     )
 
 

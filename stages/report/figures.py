@@ -71,7 +71,7 @@ def pareto(name: str, curves: Sequence[Curve], y: Axis, *, x_title: str) -> str:
                 _interval(axes, x, estimate, own)
             axes.plot(xs, ys, linestyle="none", zorder=4, **marker(curve.group))
             if curve.seeds:
-                axes.plot(*zip(*curve.seeds, strict=True), ".", color=own, markersize=2.5, zorder=3)
+                axes.plot(*zip(*curve.seeds, strict=True), ".", color=own, markersize=4, zorder=3)
         _l0_axis(axes, [x for curve in curves for x, _ in curve.points])
         axes.set_ylim(*span(curves))
         axes.set(xlabel=x_title, ylabel=y.label)

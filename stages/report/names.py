@@ -17,7 +17,7 @@ _TITLES = {
     ("explained_variance", "explained_variance"): "explained variance",
     ("downstream", "delta_ce"): "delta CE (nats a token)",
     ("downstream", "loss_recovered_zero"): "loss recovered (zero ablation)",
-    ("absorption", "full_absorption_score"): "full absorption, 100 (1 - share)",
+    ("absorption", "full_absorption_score"): "full absorption score, 100 (1 - share)",
     ("absorption", "full_absorption"): "share of words fully absorbed",
     ("sparse_probing", "accuracy_k1"): "accuracy of 1-latent probes",
     ("sparse_probing", "accuracy_k2"): "accuracy of 2-latent probes",

@@ -9,7 +9,7 @@ from ..compare import Comparison
 from ..compare.choose import Judgement, Series
 from ..compare.facts import fact, label, name_of, shown, sort_key
 from ..compare.table import Line
-from .names import title_of
+from .names import FOREMOST, title_of
 
 _SHOWN_FACTS = ("arch", "k", "mask_p", "d_sae", "seed", "steps", "tokens")
 _FOLDED_FACTS = (
@@ -35,6 +35,10 @@ class Verdict:
     better: list[str]
     worse: list[str]
     undecided: list[str]
+
+    @property
+    def is_foremost(self) -> bool:
+        return (self.series.metric, self.series.value) in FOREMOST
 
 
 def verdicts(comparison: Comparison) -> list[Verdict]:
@@ -134,7 +138,7 @@ def _cell(value: Any) -> str:
 class Definition:
     """How a metric is defined, and of how much its numbers are."""
 
-    name: str
+    title: str
     text: str
     rows: list[tuple[str, str]]
 
@@ -160,8 +164,9 @@ def definitions(judgements: Sequence[Judgement]) -> list[Definition]:
             ]
             if entry.options:
                 rows.append(("options", ", ".join(f"{k} {v}" for k, v in entry.options.items())))
-            found[metric, data] = Definition(name=metric, text=entry.definition, rows=rows)
-    return sorted(found.values(), key=lambda each: each.name)
+            title = f"{metric}, on {source.name}"
+            found[metric, data] = Definition(title=title, text=entry.definition, rows=rows)
+    return sorted(found.values(), key=lambda each: each.title)
 
 
 def provenance(of_results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

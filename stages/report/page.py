@@ -69,4 +69,5 @@ class Section:
     pictures: Sequence[Picture] = ()
     folded: Sequence[Picture] = ()
     folded_title: str = ""
-    tables: Sequence[DataTable] = field(default_factory=list)
+    tables: Sequence[DataTable] = ()
+    tables_title: str = ""
