@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,15 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _SECONDS = 60
+
+# DevTools reads from 3 and writes to 4. Copies first: the pipes may be 3 and 4 themselves.
+_WITH_PIPES = """
+import os, sys
+pipes = [os.dup(int(each)) for each in sys.argv[1:3]]
+for pipe, place in zip(pipes, (3, 4)):
+    os.dup2(pipe, place)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find_chromium() -> str | None:
@@ -141,8 +151,7 @@ def browser(path: str) -> Iterator[Page]:
     with tempfile.TemporaryDirectory() as profile:
         process = subprocess.Popen(
             [
-                # DevTools reads from 3 and writes to 4.
-                "/bin/sh", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "sh",
+                sys.executable, "-c", _WITH_PIPES, str(to_read), str(from_write),
                 path, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
                 "--no-first-run", "--disable-extensions", "--disable-background-networking",
                 "--disable-component-update", "--hide-scrollbars", "--remote-debugging-pipe",

@@ -148,6 +148,8 @@ def experiment(
                         seed=seed,
                         baseline="untrained",
                         of=f"acts-p{mask_p}-l0_{k}-seed{seed}",
+                        name=f"acts-p{mask_p}-l0_{k}-seed{seed} (untrained)",
+                        name=f"acts-p{mask_p}-l0_{k}-seed{seed} (untrained)",
                     )
                 )
     return results

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from ...storage import provenance
+from ...storage.printable import printable
 from ..compare import Comparison
 from ..compare.choose import Judgement
 from ..compare.grid import GridRow, grids
@@ -186,11 +187,19 @@ def _environment() -> Any:
         loader=jinja2.PackageLoader("sae_pipe.stages.report"),
         autoescape=True,  # every text comes from a file
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["kept"] = kept_together
     return environment
+
+
+def _shown(value: Any) -> Any:
+    """What a template puts out: control characters of a text from a file are escaped."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return "\n".join(map(printable, value.split("\n")))
 
 
 def kept_together(text: str) -> str:

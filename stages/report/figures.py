@@ -16,6 +16,7 @@ from .groups import Group
 from .svg import GRID, HEIGHT, INK, MUTED, SERIES, SURFACE, draw
 
 _MOST_BARS = 24
+_AXIS_CHARACTERS, _TICK_CHARACTERS = 36, 20
 
 ARROW_WORDS = {"up": "more is better", "down": "less is better", "none": "no way is better"}
 
@@ -40,6 +41,17 @@ class Axis:
     def label(self) -> str:
         arrow = {"up": " ↑", "down": " ↓"}.get(self.direction, "")
         return self.title + arrow
+
+    @property
+    def short_label(self) -> str:
+        """As much of it as an axis is long."""
+        arrow = {"up": " ↑", "down": " ↓"}.get(self.direction, "")
+        return short(self.title, _AXIS_CHARACTERS) + arrow
+
+
+def short(text: str, most: int) -> str:
+    """A text cut to what there is room for; whole it stands in the description."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def colour(group: Group) -> str:
@@ -74,7 +86,7 @@ def pareto(name: str, curves: Sequence[Curve], y: Axis, *, x_title: str) -> str:
                 axes.plot(*zip(*curve.seeds, strict=True), ".", color=own, markersize=4, zorder=3)
         _l0_axis(axes, [x for curve in curves for x, _ in curve.points])
         axes.set_ylim(*span(curves))
-        axes.set(xlabel=x_title, ylabel=y.label)
+        axes.set(xlabel=x_title, ylabel=y.short_label)
 
     words = "; ".join(
         f"{curve.group.label}: "
@@ -175,11 +187,12 @@ def paired(
                 markerfacecolor=own if found.excludes_zero else SURFACE,
             )  # fmt: skip
         below.axhline(0, color=INK, linewidth=0.9, zorder=1)
-        above.set(ylabel=y.label)
+        above.set(ylabel=y.short_label)
         below.set(xlabel=x_title, ylabel="difference")
         for axes in (above, below):
             axes.grid(visible=False, axis="x")
-        below.set_xticks(range(len(pairings)), [pairing.label for pairing in pairings])
+        ticks = [short(pairing.label, _TICK_CHARACTERS) for pairing in pairings]
+        below.set_xticks(range(len(pairings)), ticks)
         below.set_xlim(-0.5, len(pairings) - 0.5)
         figure.align_ylabels([above, below])
 
@@ -226,10 +239,11 @@ def by_concept(
             )  # fmt: skip
         axes.grid(visible=False, axis="x")
         rotation = 0 if all(len(concept) <= 2 for concept in concepts) else 60
-        axes.set_xticks(range(len(concepts)), concepts, fontsize=7, rotation=rotation)
+        ticks = [short(concept, _TICK_CHARACTERS) for concept in concepts]
+        axes.set_xticks(range(len(concepts)), ticks, fontsize=7, rotation=rotation)
         axes.set_xlim(-0.8, len(concepts) - 0.2)
         axes.set_ylim(bottom=0)
-        axes.set(ylabel=y.label)
+        axes.set(ylabel=y.short_label)
 
     words = "; ".join(
         f"{group.label}: " + ", ".join(f"{c} {of_group[c]:.0%}" for c in concepts if c in of_group)
@@ -267,10 +281,10 @@ def bars_with_oracle(
                 ends = (place - 0.44, place + 0.44)
                 axes.plot((oracle[each],) * 2, ends, "-", color=INK, linewidth=2)
         axes.axvline(chance, color=MUTED, linewidth=0.9)
-        axes.set_yticks(range(len(sets)), sets)
+        axes.set_yticks(range(len(sets)), [short(each, _TICK_CHARACTERS) for each in sets])
         axes.set_ylim(len(sets) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
-        axes.set(xlabel=axis.label)
+        axes.set(xlabel=axis.short_label)
 
     words = "; ".join(
         f"{each}: "

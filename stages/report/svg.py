@@ -24,6 +24,7 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", SURFACE: "--surfac
 _COLOUR = re.compile("|".join(_VARIABLES))
 _NUMBER = re.compile(r"-?\d+\.\d{3,}")
 _FONT = re.compile(r"font-family:[^;]*;?\s*|font: (\S+) [^;]*")
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _NAMESPACE = re.compile(r"^\{[^}]*\}")
 
 WIDTH, HEIGHT = 3.9, 2.9  # inches of 72 points; a page shows one at 340 to 460 pixels
@@ -88,6 +89,8 @@ def draw(
 
 
 def _embedded(source: str, name: str, title: str, description: str) -> str:
+    # A name may hold what XML cannot.
+    source = _NO_XML.sub("\N{REPLACEMENT CHARACTER}", source)
     root = ElementTree.fromstring(source)
     used = set(re.findall(r"""(?:href="|url\()#([^")]+)""", source))
     for parent in list(root.iter()):
