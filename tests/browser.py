@@ -20,6 +20,7 @@ import os, sys
 pipes = [os.dup(int(each)) for each in sys.argv[1:3]]
 for pipe, place in zip(pipes, (3, 4)):
     os.dup2(pipe, place)
+    os.set_inheritable(place, True)
 os.execvp(sys.argv[3], sys.argv[3:])
 """
 

@@ -149,7 +149,6 @@ def experiment(
                         baseline="untrained",
                         of=f"acts-p{mask_p}-l0_{k}-seed{seed}",
                         name=f"acts-p{mask_p}-l0_{k}-seed{seed} (untrained)",
-                        name=f"acts-p{mask_p}-l0_{k}-seed{seed} (untrained)",
                     )
                 )
     return results

@@ -143,7 +143,8 @@ def test_every_picture_is_drawn_large_enough_to_read(
         assert all(width > 200 and height > 80 for width, height in sizes)
         texts = page.evaluate(
             "[...document.querySelectorAll('svg text')].map("
-            "e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a)"
+            "e => parseFloat(getComputedStyle(e).fontSize)"
+            " * Math.hypot(e.getScreenCTM().a, e.getScreenCTM().b))"
         )
         assert min(texts) > 7.5  # pixels; the letters of an axis with 26 of them
         marks = page.evaluate(
@@ -161,6 +162,8 @@ def test_texts_stand_out_from_what_is_behind_them(
         page.open(file)
         unfolded(page)
         assert page.evaluate(LOW_CONTRAST) == []
+    page.evaluate("document.querySelector('h2').style.color = '#888'")
+    assert len(page.evaluate(LOW_CONTRAST)) == (0 if dark else 1)  # it does find what is there
 
 
 def test_the_page_is_used_without_a_mouse(page: Page, files: list[Path]) -> None:

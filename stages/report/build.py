@@ -199,7 +199,8 @@ def _shown(value: Any) -> Any:
     """What a template puts out: control characters of a text from a file are escaped."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
-    return "\n".join(map(printable, value.split("\n")))
+    kept = re.split("([\n\N{NO-BREAK SPACE}])", value)
+    return "".join(part if place % 2 else printable(part) for place, part in enumerate(kept))
 
 
 def kept_together(text: str) -> str:
