@@ -11,6 +11,7 @@ import typer
 from .cli_compare import compare
 from .cli_demo import demo
 from .cli_eval import evaluate
+from .cli_evalset import app as eval_set
 from .cli_fit import fit
 from .cli_harvest import harvest
 from .cli_inspect import inspect
@@ -34,6 +35,7 @@ app.command("report")(report)
 app.command("inspect")(inspect)
 app.command("demo")(demo)
 app.add_typer(store, name="store")
+app.add_typer(eval_set, name="eval-set")
 
 
 def _print_version(wanted: bool) -> None:

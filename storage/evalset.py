@@ -82,6 +82,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"Evaluation set {path} has format version {version}, and this sae-pipe reads up to "
             f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade sae-pipe."
         )
+    try:
+        _check_form(manifest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, f"{MANIFEST}: {error}") from error
     return manifest
 
 
@@ -137,7 +141,7 @@ class EvalSet:
             self.recipe: dict[str, Any] = manifest["recipe"]
             self.suite, self.pooling = str(manifest["suite"]), str(manifest["pooling"])
             self.model, self.hook = str(self.recipe["model"]["name"]), str(self.recipe["hook"])
-            self.layer = int(self.recipe["layer"])
+            self.layer: int = self.recipe["layer"]
             self.tasks = [_task(entry) for entry in manifest["tasks"]]
             self._files: dict[str, dict[str, Any]] = manifest["files"]
             self.digest = str(manifest["digest"])
@@ -310,6 +314,30 @@ class EvalSet:
                 raise damaged(
                     self.path, f"{name} has {found:,} bytes instead of {entry['bytes']:,}"
                 )
+
+
+def _check_form(manifest: dict[str, Any]) -> None:
+    """KeyError, TypeError or ValueError unless it has what is there from the beginning."""
+    for name in ("request", "recipe", "dropped", "truncated", "execution", "provenance"):
+        if not isinstance(manifest[name], dict):
+            raise TypeError(f"its {name} is {manifest[name]!r}")
+    model = manifest["recipe"]["model"]
+    if not isinstance(model, dict) or not isinstance(manifest["provenance"]["runs"], list):
+        raise TypeError("its recipe or provenance is not an object")
+    for name in ("name", "revision"):
+        if name not in model:
+            raise KeyError(name)
+    if type(manifest["recipe"]["layer"]) is not int or not isinstance(manifest["tasks"], list):
+        raise TypeError("its layer is no number or its tasks are no list")
+    for name in ("state", "suite", "pooling"):
+        if not isinstance(manifest[name], str):
+            raise TypeError(f"its {name} is {manifest[name]!r}")
+    for task in manifest["tasks"]:
+        _task(task)
+    for counts in (manifest["dropped"], manifest["truncated"]):
+        if not all(type(n) is int for n in counts.values()):
+            raise TypeError("it counts what is no number")
+    sizes_of(manifest)
 
 
 def _task(entry: dict[str, Any]) -> Task:
