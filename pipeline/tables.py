@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..storage.printable import printable
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = True) -> str:
     """Aligned columns: the first to the left, the others to the right, or to the left too."""
@@ -39,3 +41,6 @@ def _run_row(name: str, summary: Any) -> tuple[str, ...]:
 def number(value: float | None, form: str) -> str:
     """A number, or a dash where there is none."""
     return "-" if value is None else format(value, form)
+
+
+__all__ = ["number", "printable", "run_table", "table"]

@@ -18,9 +18,12 @@ from sae_pipe.stages.compare.facts import label, sort_key
 from sae_pipe.stages.compare.formats import csv as csv_format
 from sae_pipe.stages.compare.formats import latex, markdown
 from sae_pipe.stages.compare.grid import grids, number, signed
+from sae_pipe.stages.compare.headlines import DIRECTIONS, HEADLINES
 from sae_pipe.stages.compare.intervals import Sample, difference, mean_of
 from sae_pipe.stages.compare.notes import notes
 from sae_pipe.stages.evaluation.results import Result, read_results
+from sae_pipe.stages.metrics import METRICS
+from sae_pipe.stages.report.names import FOREMOST, FOREMOST_METRICS
 from sae_pipe.storage.errors import InputError, StoreError
 
 from .judging import CORE, OTHER, entry, experiment, result, value_of, with_facts, write_all
@@ -386,6 +389,14 @@ def test_two_files_of_one_run_are_one_run() -> None:
     comparison = compare([first, second], ["mask_p"])
     assert len(comparison.runs) == 1
     assert [series.name for series in comparison.series] == ["a", "b"]
+
+
+def test_headlines_and_directions_are_of_metrics_that_there_are() -> None:
+    assert set(HEADLINES) <= set(METRICS)
+    assert {metric for metric, _ in DIRECTIONS} <= set(METRICS)
+    assert set(DIRECTIONS.values()) <= {"up", "down", "none"}
+    assert set(FOREMOST_METRICS) <= set(HEADLINES)
+    assert all(value == HEADLINES[metric][0] for metric, value in FOREMOST)
 
 
 # --- what cannot work ---

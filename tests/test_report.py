@@ -17,9 +17,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from sae_pipe.pipeline.cli import app
-from sae_pipe.stages.compare.choose import judgements_of
+from sae_pipe.stages.compare import compare
+from sae_pipe.stages.compare.choose import Series, judgements_of
+from sae_pipe.stages.compare.headlines import HEADLINES
 from sae_pipe.stages.compare.intervals import Estimate
+from sae_pipe.stages.evaluation.engine import EvalConfig, evaluate_runs
 from sae_pipe.stages.evaluation.results import Result, read_results, write_result
+from sae_pipe.stages.metrics import names_of
 from sae_pipe.stages.report import Options, write_report
 from sae_pipe.stages.report.build import kept_together
 from sae_pipe.stages.report.contexts import LEVELS, level_of, visible
@@ -504,6 +508,32 @@ def test_groups_are_named_by_what_differs_and_told_apart_without_colour(tmp_path
     assert len({group.slot for group in four}) == 2
     (only,) = Groups.of(runs[:1]).all
     assert only.label == "matryoshka, without mask"
+
+
+# --- with the results of a real judgement ---
+
+
+def test_what_eval_writes_is_compared_and_reported(
+    runs: list[Path], store: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results"
+    evaluate_runs(runs, EvalConfig(out=out, store=store, metrics=("rows",)))
+    judged = read_results([out])
+    comparison = compare(judged, ["l0"])
+    by_name = {line.series.name: line for line in comparison.lines}
+    for metric in names_of("rows"):
+        for value in HEADLINES.get(metric, ()):
+            assert Series(metric=metric, value=value, data=b"").name in by_name
+    line = by_name["explained_variance"]
+    assert set(line.baselines) == {"untrained", "random latents", "mean"}
+    assert line.differences[8].how == "paired"
+    assert line.differences[8].value == pytest.approx(
+        line.cells[8].estimate.value - line.cells[4].estimate.value
+    )
+    write_report(judged, tmp_path / "report", options=Options(latents=2, examples=1))
+    page = Parsed((tmp_path / "report/index.html").read_text())
+    assert {"pareto", "density", "runs"} <= set(page.values("id"))
+    assert "masking" not in page.values("id")
 
 
 # --- the command ---
