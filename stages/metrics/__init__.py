@@ -33,6 +33,7 @@ class Entry(NamedTuple):
 
 METRICS: dict[str, Entry] = {
     "ablation_sparsity": Entry("ablation_sparsity:AblationSparsity", "text", of_latents=True),
+    "absorption": Entry("absorption:Absorption", "items"),
     "compat_saebench": Entry("compat_saebench:CompatSaebench", "rows", by_default=False),
     "cosine": Entry("cosine:Cosine", "rows"),
     "dead_fraction": Entry("dead_fraction:DeadFraction", "rows", of_latents=True),
@@ -46,7 +47,12 @@ METRICS: dict[str, Entry] = {
     "l1": Entry("l1:L1", "rows", of_latents=True),
     "mse": Entry("mse:Mse", "rows"),
     "mse_per_token": Entry("mse_per_token:MsePerToken", "rows"),
+    "ood_probing": Entry("ood_probing:OodProbing", "items"),
     "probe_loss": Entry("probe_loss:ProbeLoss", "items"),
+    "scr": Entry("scr:Scr", "items"),
+    "shortcut_control": Entry("shortcut_control:ShortcutControl", "items"),
+    "sparse_probing": Entry("sparse_probing:SparseProbing", "items"),
+    "tpp": Entry("tpp:Tpp", "items"),
 }
 
 
