@@ -29,7 +29,7 @@ from ...storage.counter import draw, stream_key
 from ..evaluation.bootstrap import bootstrapped, units_of, valued
 from ..evaluation.judged import Judged
 from ..evaluation.latents import SparseLatents
-from .base import Direction, MetricResult
+from .base import Direction, MetricResult, to_float64
 from .rows import Floats, Moments, RowBatch, Rows, UnitSums, ratio
 
 # Of a row's coefficients after each atom: while they are few, when they are many, at the end.
@@ -38,7 +38,7 @@ _MANY_STEPS_UP_TO = 32  # atoms
 _MOST_STEPS = 64  # beyond, several atoms join at once
 SAMPLE_ROWS = 256
 MOST_K = 256
-_BATCH_ROWS = 256
+_BATCH_ROWS, _BATCH_BYTES = 256, 1 << 28
 
 
 class Ito:
@@ -91,7 +91,7 @@ class Ito:
 
     @staticmethod
     def _k_of(latents: SparseLatents) -> int:
-        mean = float(latents.counts_B.double().mean()) if latents.n_rows else 0.0
+        mean = len(latents.values_N) / max(latents.n_rows, 1)
         return min(max(round(mean), 1), MOST_K, latents.d_sae)
 
     def _measured(
@@ -133,7 +133,7 @@ def _values(errors: dict[str, Floats], scatter: Floats) -> dict[str, Floats]:
 
 
 def _error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
-    return (x_BD.double() - x_hat_BD.double()).square().sum(dim=1)
+    return (to_float64(x_BD) - to_float64(x_hat_BD)).square().sum(dim=1)
 
 
 class RowSample:
@@ -199,7 +199,9 @@ def pursue(x_BD: Tensor, judged: Judged, k: int) -> Tensor:
     atoms_SD = judged.W_dec / norm_S.clamp_min(torch.finfo(norm_S.dtype).tiny)
     x_BD = x_BD.to(judged.W_dec) - judged.b_dec
     k = min(k, judged.d_sae)
-    parts = [_pursued(part, atoms_SD, k) for part in torch.split(x_BD, _BATCH_ROWS)]
+    row_bytes = 4 * k * (k + judged.d_in)
+    n_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes))
+    parts = [_pursued(part, atoms_SD, k) for part in torch.split(x_BD, n_rows)]
     return torch.cat(parts) + judged.b_dec
 
 
