@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 K = 5
 PERMUTATIONS = 5
-_KINDS = ("latent", "length", "group", "shuffled", "credited", "within_group")
+_KINDS = ("credited", "latent", "length", "group", "within_group", "shuffled")
 
 Flags = NDArray[np.bool_]
 Scores = NDArray[np.float64]
