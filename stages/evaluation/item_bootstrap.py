@@ -76,26 +76,23 @@ def weighted_auc(
     positive_I: NDArray[np.bool_], score_I: Floats, counts_RI: Counts
 ) -> NDArray[np.float64]:
     """AUC of the drawn items, ties counted half, (R,); NaN where a class is not drawn."""
-    order_I = np.argsort(score_I, kind="stable")
-    score_I, positive_I = score_I[order_I], positive_I[order_I]
-    starts = np.flatnonzero(np.r_[True, np.diff(score_I) > 0])
-    parts = [
-        _auc_of_sorted(positive_I, starts, counts_RI[piece, order_I])
-        for piece in _pieces(len(order_I))
-    ]
+    negative_N = np.flatnonzero(~positive_I)
+    negative_N = negative_N[np.argsort(score_I[negative_N], kind="stable")]
+    # Of each positive: how many of the sorted negatives are below it, and how many not above it.
+    below_P, upto_P = (
+        np.searchsorted(score_I[negative_N], score_I[positive_I], side=side)
+        for side in ("left", "right")
+    )
+    parts = []
+    for piece in _pieces(len(score_I)):
+        summed_RN = np.zeros((piece.stop - piece.start, len(negative_N) + 1))
+        np.cumsum(counts_RI[piece, negative_N], axis=1, out=summed_RN[:, 1:])
+        beaten_RP = (summed_RN[:, below_P] + summed_RN[:, upto_P]) / 2
+        positives_RP = counts_RI[piece, positive_I]
+        pairs_R = positives_RP.sum(axis=1, dtype=np.float64) * summed_RN[:, -1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            parts.append(np.einsum("rp,rp->r", positives_RP, beaten_RP) / pairs_R)
     return np.concatenate(parts)
-
-
-def _auc_of_sorted(
-    positive_I: NDArray[np.bool_], starts: Whole, counts_RI: Counts
-) -> NDArray[np.float64]:
-    """starts: where in the items, sorted by score, each different score begins."""
-    above_RU = np.add.reduceat(counts_RI * positive_I, starts, axis=1, dtype=np.float64)
-    below_RU = np.add.reduceat(counts_RI * ~positive_I, starts, axis=1, dtype=np.float64)
-    lower_RU = np.cumsum(below_RU, axis=1) - below_RU / 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        pairs_R = above_RU.sum(axis=1) * below_RU.sum(axis=1)
-        return np.asarray((above_RU * lower_RU).sum(axis=1) / pairs_R)
 
 
 def weighted_accuracy(
