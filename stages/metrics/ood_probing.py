@@ -6,7 +6,8 @@ Kantamneni et al. 2025, "Are Sparse Autoencoders Useful?" (arXiv 2502.16681), as
 implements it. On the training items: for the SAE, the k latents with the largest |difference of
 class means| and an L1 logistic regression on them; as oracle, an L2 logistic regression on the raw
 activations; each with the C of logspace(5, -5, 10) that has the best AUC on the last 100 training
-items, then fitted on all. L1 fits end after 50 steps, converged or not. Scored by AUC on the test items and on those out of distribution.
+items, then fitted on all. L1 fits end after 50 steps, converged or not. Scored by AUC on the test
+items and on those out of distribution.
 
 The published protocol exists in variants: k = 128 with 512 items a class, and k in {16, 128}. Here
 k = 128 is the score, on the training items that the evaluation set has; k = 16 stands beside it.

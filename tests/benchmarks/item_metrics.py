@@ -44,14 +44,15 @@ class Setting:
 LETTERS = Setting(tasks=1, classes=26, items=(560, 140, 0))
 OOD = Setting(tasks=8, classes=2, items=(1024, 300, 300))
 PROBES = Setting(tasks=113, classes=2, items=(1024, 300, 0))
-SETTINGS = {
-    "absorption": LETTERS,
-    "tpp": LETTERS,
-    "ood_probing": OOD,
-    "scr": OOD,
-    "sparse_probing": PROBES,
-    "shortcut_control": PROBES,
-}
+SETTINGS = (
+    ("absorption", LETTERS),
+    ("tpp", LETTERS),
+    ("tpp", PROBES),
+    ("sparse_probing", PROBES),
+    ("shortcut_control", PROBES),
+    ("ood_probing", OOD),
+    ("scr", OOD),
+)
 
 
 def tasks_of(setting: Setting, saes: int) -> Iterator[tuple[TaskData, list[csr_array]]]:
@@ -93,17 +94,19 @@ def latents_of(label_I: NDArray[np.int64], rng: np.random.Generator) -> csr_arra
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--metric", choices=sorted(SETTINGS), action="append")
+    names = sorted({name for name, _ in SETTINGS})
+    parser.add_argument("--metric", choices=names, action="append")
     parser.add_argument("--saes", type=int, default=8)
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     W_dec = torch.tensor(rng.normal(size=(D_SAE, D_IN)) / D_IN**0.5, dtype=torch.float32)
     judged = Decoder(W_dec=W_dec, b_dec=torch.zeros(D_IN), facts={"name": "drawn"})
-    print(f"{datetime.date.today()}, {hardware()['cpu']}, {versions()}")
+    print(f"{datetime.date.today()}, {hardware()}, {versions()}")
     print("| metric | tasks | items a task | first SAE s | each further SAE s |")
     print("|---|---|---|---|---|")
-    for name in arguments.metric or SETTINGS:
-        setting = SETTINGS[name]
+    for name, setting in SETTINGS:
+        if arguments.metric and name not in arguments.metric:
+            continue
         metrics = [get_metric(name) for _ in range(arguments.saes)]
         seconds_of = np.zeros(arguments.saes)
         for task, latents in tasks_of(setting, arguments.saes):
