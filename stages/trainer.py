@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..storage.errors import InputError
 from .fitconfig import FitConfig, Schedule
+from .parallel import ALONE, Bucket, Group
 from .sae.auxk import auxk_loss
 from .sae.base import Sae, TrainingPass
 from .sae.dead import DeadLatents
@@ -26,6 +27,7 @@ from .sae.resample import Resampler
 from .sae.schedule import annealed_k, lr_factor
 from .sae.sparsity import Sparsity
 from .sae.threshold import update_threshold_
+from .sae.whole_batch import of_whole_batch, spread_and_size
 
 NEVER = torch.iinfo(torch.int64).max
 # Of the controller that leads to an L0, over a whole run: how far log(coefficient) can go.
@@ -42,10 +44,17 @@ class Trainer:
     """
 
     def __init__(
-        self, sae: Sae, config: FitConfig, schedule: Schedule, device: torch.device
+        self,
+        sae: Sae,
+        config: FitConfig,
+        schedule: Schedule,
+        device: torch.device,
+        group: Group = ALONE,
     ) -> None:
+        """group: the processes that step this SAE together, each on its rows of a batch."""
         self.config, self.schedule, self.device = config, schedule, device
         self.sae = sae.to(device)
+        self.group = sae.group = group
         sae.reference = config.reference
         sae.low_precision = config.selection == "bf16" or config.dtype == "bfloat16"
         self.updates = 0
@@ -64,6 +73,7 @@ class Trainer:
             eps=config.eps,
             fused=device.type != "mps",
         )
+        self._bucket = None if group.is_alone else Bucket(self.sae.parameters())
         self.sparsity = self._make_sparsity()
         self.annealing = sae.prepare(config, schedule) if isinstance(sae, PAnneal) else None
         self.resampler = (
@@ -88,24 +98,29 @@ class Trainer:
         """One update. The batch is only read; values are tensors on the device or plain numbers.
 
         loss = l2 + what the architecture adds + auxk_coefficient * aux; l2 is its reconstruction
-        term, and explained_variance that of the whole reconstruction, around this batch's mean.
+        term, and explained_variance that of the whole reconstruction, around this batch's mean:
+        1 - sum ||x - x_hat||^2 / sum ||x - mean||^2. With several processes all are of the whole
+        batch, of which each is given its rows.
         threshold, k, coefficient and lr are those of this update.
         """
         x_BD = batch_BD.detach().to(device=self.device, dtype=self.sae.W_dec.dtype)
         if self.updates == 0:
             self.sae.start_from(x_BD)
         weight = 0.0 if self.sparsity is None else self.sparsity.weight(self.updates).to(x_BD)
-        passed = self.sae.training_pass(x_BD, weight)
-        self._observe(passed, n_tokens=len(x_BD))
+        passed = of_whole_batch(self.sae.training_pass(x_BD, weight), self.group)
+        self._observe(passed, n_tokens=len(x_BD) * self.group.world_size)
         residual_BD = x_BD - passed.x_hat_BD
         aux = self._auxiliary_loss(residual_BD, passed)
         loss = passed.loss + self.config.auxk_coefficient * aux
-        self._remember_bad(loss)
+        spread, error, whole_loss, whole_aux = spread_and_size(
+            x_BD, residual_BD, self.group, loss.detach(), aux.detach()
+        )
+        self._remember_bad(whole_loss)
         values: dict[str, Tensor | float] = {
-            "loss": loss.detach(),
+            "loss": whole_loss,
             **passed.parts,
-            "aux": aux.detach(),
-            "explained_variance": _explained_variance(x_BD, residual_BD),
+            "aux": whole_aux,
+            "explained_variance": 1 - (error / spread).square(),
             "l0": passed.l0,
             "dead": self.dead.mask().sum(),
             "lr": self.lr,
@@ -157,7 +172,7 @@ class Trainer:
             return residual_BD.new_zeros(())
         # No latent can be dead before that many tokens, which spares a GPU the whole computation;
         # a CPU looks at the counters, which may have been set by hand.
-        tokens_seen = (self.updates + 1) * len(residual_BD)
+        tokens_seen = (self.updates + 1) * len(residual_BD) * self.group.world_size
         if residual_BD.device.type != "cpu" and tokens_seen < self.dead.dead_after_tokens:
             return residual_BD.new_zeros(())
         k_aux = self.config.k_aux or max(self.sae.d_in // 2, 1)
@@ -165,7 +180,7 @@ class Trainer:
             return auxk_loss(self.sae, passed, residual_BD, self.dead.mask(), k_aux)
 
     def _remember_bad(self, loss: Tensor) -> None:
-        bad = torch.where(loss.detach().isfinite(), NEVER, self.updates)
+        bad = torch.where(loss.isfinite(), NEVER, self.updates)
         self.first_bad_step = torch.minimum(self.first_bad_step, bad)
 
     def _update(self, loss: Tensor, x_BD: Tensor) -> Tensor:
@@ -173,6 +188,8 @@ class Trainer:
         epsilon = self.config.recipe.norm_epsilon
         self.sae.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        if self._bucket is not None:
+            self.group.mean_gradients_(self._bucket)
         if self.sae.has_unit_rows:
             project_gradient_(self.sae.W_dec, epsilon)
         grad_norm = self._clip()
@@ -274,13 +291,6 @@ class Trainer:
     def _adam_step_device(self) -> torch.device:
         fused = self.optimizer.defaults["fused"]
         return self.device if fused else torch.device("cpu")
-
-
-def _explained_variance(x_BD: Tensor, residual_BD: Tensor) -> Tensor:
-    """1 - sum ||x - x_hat||^2 / sum ||x - mean||^2, with the batch's mean."""
-    spread: Tensor = torch.linalg.vector_norm(x_BD - x_BD.mean(dim=0))
-    error: Tensor = torch.linalg.vector_norm(residual_BD)
-    return 1 - (error / spread).square()
 
 
 def _check_alike(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

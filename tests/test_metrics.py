@@ -3,9 +3,11 @@
 # N rows, D d_in, S d_sae
 """
 
+import json
 import math
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from sae_pipe.storage import InputError
 
 N, D, S = 60, 5, 12
 OVER_ROWS = names_of("rows")
+BY_SUMS = [name for name in OVER_ROWS if name != "ito"]  # which has a decoder: test_ito.py
 
 
 def triple(seed: int, mean: float = 100.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,11 +66,18 @@ def definitions(x_ND: Tensor, latents_NS: Tensor, x_hat_ND: Tensor) -> dict[str,
         "density_p50": np.quantile(density, 0.5),
         "density_p90": np.quantile(density, 0.9),
         "density_max": density.max(),
+        # All rows are one batch of it; squares are meant as they stand.
+        "compat_saebench_explained_variance": 1
+        - ((x - x_hat) ** 2).sum(1).mean() / ((x**2).sum(1).mean() - ((x**2).mean(0) ** 2).sum()),
+        "compat_saebench_explained_variance_legacy": np.mean(
+            1 - ((x - x_hat) ** 2).sum(1) / ((x - x.mean(0)) ** 2).sum(1)
+        ),
+        "compat_saebench_mse": np.mean(((x - x_hat) ** 2).sum(1) / len(x)),
     }
 
 
 def measured(parts: tuple[Tensor, ...], batch_rows: int) -> dict[str, float]:
-    judges, data = [get_metric(name) for name in OVER_ROWS], Moments()
+    judges, data = [get_metric(name) for name in BY_SUMS], Moments()
     first_row = 0
     for batch in zip(*(torch.split(part, batch_rows) for part in parts), strict=True):
         observe(judges, data, *batch, first_row=first_row)
@@ -109,7 +119,9 @@ def test_every_metric_is_its_definition_in_batches_of_any_size(
 @given(seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3))
 def test_scaling_activations_changes_what_has_their_unit_only(seed: int, scale: float) -> None:
     before, after = measured(triple(seed), N), measured(tuple(p * scale for p in triple(seed)), N)
-    for name, power in {"mse": 2, "mse_per_token": 2, "l1": 1}.items():
+    for found in (before, after):  # its explained variance depends on the scale
+        found.pop("compat_saebench_explained_variance")
+    for name, power in {"mse": 2, "mse_per_token": 2, "compat_saebench_mse": 2, "l1": 1}.items():
         assert after.pop(name) == pytest.approx(before.pop(name) * scale**power)
     assert after == pytest.approx(before)
 
@@ -157,13 +169,36 @@ def test_evaluate_encodes_once_for_all_metrics_and_takes_arrays() -> None:
     sae.initialise_(0)
     x_ND = triple(4, mean=2.0)[0].float()
     calls = count_encodes(sae)
-    found = evaluate(sae, (part.numpy() for part in torch.split(x_ND, 16)), OVER_ROWS)
+    found = evaluate(sae, (part.numpy() for part in torch.split(x_ND, 16)), BY_SUMS)
     assert len(calls) == 4
     latents_NS = sae.encode(x_ND).detach()
     expected = definitions(
         *(part.double() for part in (x_ND, latents_NS, sae.decode(latents_NS).detach()))
     )
     assert found == pytest.approx(expected, rel=1e-5)
+    pursued = evaluate(sae, [x_ND], ["ito"])
+    assert pursued["encoder_explained_variance"] == pytest.approx(
+        found["explained_variance"], rel=1e-5
+    )
+
+
+def test_evaluate_refuses_what_needs_more_than_rows() -> None:
+    message = "Metric downstream needs text and not rows alone. Use `sae-pipe eval` for it."
+    sae = get_architecture("topk")(d_in=D, d_sae=S, k=3)
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        evaluate(sae, [], ["l0", "downstream"])
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_says_what_it_is_in_a_line(name: str) -> None:
+    metric = get_metric(name)
+    assert metric.definition
+    assert "\n" not in metric.definition
+    assert metric.direction in ("up", "down", "none")
+    assert metric.version >= 1
+    assert json.loads(json.dumps(metric.options)) == metric.options
+    module = import_module(type(metric).__module__)
+    assert module.__doc__, "its file begins with the definition"
 
 
 def count_encodes(sae: Sae) -> list[int]:

@@ -41,6 +41,7 @@ class Making:
     config: EvalSetConfig
     info: ModelInfo
     tokenizer: TextTokenizer
+    show_progress: bool = False
 
     @property
     def seed(self) -> int:

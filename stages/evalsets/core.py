@@ -106,8 +106,7 @@ def _of_store(making: Making, made: Draft) -> Iterator[Context]:
             "the most that can be taken. Pass --text instead."
         )
     made.context_size = table.context_size
-    order = np.argsort(table.origins(0, table.n_contexts), kind="stable")
-    for context in order.tolist():
+    for context in range(table.n_contexts):  # as a harvest would: a fair sample comes first
         n = int(table.lengths(context, context + 1)[0])
         document_T = table.documents(context, context + 1)[0, :n].astype(np.int64)
         yield table.context(context), document_T

@@ -62,9 +62,10 @@ def draft(making: Making) -> Draft:
         split = TRAIN if is_train[i] else TEST
         _add(made, making, words[i], split, len(before_T) - 1, tokens_T)
     if not made.n_items:
+        why = "; ".join(f"{key.partition(': ')[2]}: {n}" for key, n in made.dropped.items())
         raise InputError(
-            f"None of the {len(chosen)} prompts can be used with model {making.info.source}: "
-            f"{'; '.join(f'{n} {why}' for why, n in made.dropped.items())}. Pass another model."
+            f"None of the {len(chosen)} prompts can be used with model {making.info.source} "
+            f"({why}). Pass another model."
         )
     _say_counts(made, len(words))
     return made

@@ -1,11 +1,12 @@
 """What the two suites made of sae-probes' texts have in common: classes, and the published draw."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...storage.errors import InputError
+from ..progress import progress
 from .base import Making
 from .wheel import PACKAGE, VERSION, WHEEL_SHA256, Rows
 
@@ -13,8 +14,8 @@ from .wheel import PACKAGE, VERSION, WHEEL_SHA256, Rows
 DATA = {"package": PACKAGE, "version": VERSION, "wheel_sha256": WHEEL_SHA256}
 
 
-def chosen_tasks(making: Making, known: Sequence[str]) -> list[str]:
-    """The tasks asked for by --task, or all; InputError for one that there is not."""
+def chosen_tasks(making: Making, known: Sequence[str]) -> Iterator[str]:
+    """The tasks asked for by --task, or all, with a bar; InputError for one that there is not."""
     asked = making.config.tasks
     for name in asked:
         if name not in known:
@@ -22,7 +23,11 @@ def chosen_tasks(making: Making, known: Sequence[str]) -> list[str]:
                 f"Suite {making.config.suite} has no task {name!r}. Pass --task with one of "
                 f"{', '.join(known)}."
             )
-    return [name for name in known if not asked or name in asked]
+    chosen = [name for name in known if not asked or name in asked]
+    with progress(len(chosen), "tokenise", "tasks", show=making.show_progress) as bar:
+        for name in chosen:
+            yield name
+            bar.update()
 
 
 def encoded(rows: Rows, task: str) -> tuple[list[str], NDArray[np.int64]]:

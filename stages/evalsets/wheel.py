@@ -19,7 +19,7 @@ from pathlib import Path
 
 import zstandard
 
-from ...storage.errors import InputError, NetworkError
+from ...storage.errors import InputError, NetworkError, SaePipeError
 from ...storage.files import disk_error, file_digest, write_whole
 
 PACKAGE, VERSION = "sae-probes", "0.4.2"
@@ -60,6 +60,8 @@ def fetch_wheel(given: Path | None, say: Callable[[str], object]) -> Path:
             cache_folder().mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
                 _keep(_download(Path(folder)), kept)
+        except SaePipeError:
+            raise
         except OSError as error:
             raise disk_error(error, kept) from error
     say(f"{kept} is there: {PACKAGE} {VERSION}, {kept.stat().st_size / 1e6:.0f} MB, MIT licence.")

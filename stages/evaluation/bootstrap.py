@@ -30,11 +30,15 @@ _DIGITS = 7
 
 @dataclass(frozen=True)
 class Resamples:
-    """R draws of U units with replacement; the same for the same seed and U."""
+    """R draws of U units with replacement; the same for the same seed, U and stream.
+
+    stream: of draws that have nothing to do with those of another.
+    """
 
     n_units: int
     seed: int
     count: int = RESAMPLES
+    stream: str = ""
 
     @property
     def is_possible(self) -> bool:
@@ -43,7 +47,7 @@ class Resamples:
 
     def units(self) -> Iterator[NDArray[np.int64]]:
         """The drawn units, in pieces (some resamples, U) that together have R rows."""
-        key = stream_key(self.seed, "bootstrap", self.n_units)
+        key = stream_key(self.seed, "bootstrap", self.n_units, self.stream)
         step = max(1, _CHUNK_BYTES // (8 * max(self.n_units, 1)))
         for start in range(0, self.count, step):
             resamples = np.arange(start, min(start + step, self.count), dtype=np.uint64)

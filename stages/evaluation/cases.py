@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...storage.errors import InputError, SaePipeError, StoreError
-from ..metrics import get_metric
+from ..metrics import METRICS, get_metric
 from ..metrics.base import MetricResult
 from ..sae.weights import is_run_config, load_config
 from .baselines import MEAN, baseline_facts, make_baseline
@@ -41,6 +41,12 @@ class Asked:
         """A fresh instance."""
         return get_metric(self.name, **self.arguments)
 
+    @property
+    def is_of_latents(self) -> bool:
+        """Whether there is nothing to judge without latents."""
+        entry = METRICS[self.name]
+        return entry.of_latents or entry.needs == "items"
+
 
 class Case:
     """What is judged, and its result file. error: what ended it; the others go on."""
@@ -52,7 +58,7 @@ class Case:
         self.n_computed = self.n_kept = 0
         self._result: Result | None = None
 
-    has_latents = True  # whether metrics over items have anything to judge
+    has_latents = True  # not of the mean predictor
 
     @property
     def name(self) -> str:
@@ -71,6 +77,7 @@ class Case:
         """The metrics that the file does not have yet; counts those that it has."""
         if self.error is not None:
             return []
+        asked = [each for each in asked if self.has_latents or not each.is_of_latents]
         try:
             open_ones = [
                 each for each in asked if not self.result.has(self._identity(each, source))

@@ -7,8 +7,8 @@ was found and writes the files. A result that is there already is not computed a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,14 @@ from .passes import Seat, judge_items, judge_rows, judge_text, seats_of
 from .results import Result, Source
 from .sources import (
     EvalSetRows,
+    EvalSetText,
     StoreRows,
     StoreText,
     check_match,
     evalset_origin,
     evalset_source,
 )
-from .stores import StoreGroup, group_by_store
+from .stores import group_by_store
 
 SAMPLE_ROWS = 4096  # that baselines are calibrated on
 TEXT_TOKENS = 1 << 15  # of a store's held-out text, unless asked otherwise
@@ -114,11 +115,15 @@ def _check_sizes(config: EvalConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Text:
-    """The text of a store and the model to run on it, looked at before anything is computed."""
+class _Place:
+    """Rows that runs are judged on, and their text where metrics ask for it: of a store, or of an
+    evaluation set without labels."""
 
-    text: StoreText
-    info: ModelInfo
+    rows: StoreRows | EvalSetRows
+    runs: Sequence[RunCase]
+    recipe: Mapping[str, Any]
+    text: StoreText | EvalSetText | None = None
+    info: ModelInfo | None = None  # of the model that the text is run on
 
 
 class _Evaluation:
@@ -132,7 +137,7 @@ class _Evaluation:
         self.failed: list[Outcome] = []
         self.runs: list[RunCase] = []
         self.baselines: list[BaselineCase] = []
-        self.groups: list[tuple[StoreGroup, _Text | None]] = []
+        self.places: list[_Place] = []
 
     def _choose(self, contexts: int | None) -> Chosen:
         config = self.config
@@ -154,9 +159,8 @@ class _Evaluation:
         self._check_evalsets()
         if self.config.baselines:
             self.baselines = self._find_baselines()
-        if self._needs_store() and self.runs:
-            groups = group_by_store(self.runs, self.config.store, self._say)
-            self.groups = [(group, self._text_of(group)) for group in groups]
+        if self.runs and (self.chosen.rows or self.chosen.text):
+            self.places = self._find_places()
         self._check_memory()
 
     def _check_evalsets(self) -> None:
@@ -173,21 +177,26 @@ class _Evaluation:
                     "`sae-pipe eval-set build` and pass it as --eval-set."
                 )
 
-    def _needs_store(self) -> bool:
-        """Rows are judged on the held-out rows of stores, unless a set of rows without labels takes
-        their place; text always on a store's."""
-        if self.chosen.text:
-            return True
-        is_replaced = self.config.store is None and any(not e.tasks for e in self.evalsets)
-        return bool(self.chosen.rows) and not is_replaced
+    def _find_places(self) -> list[_Place]:
+        """Sets without labels; and stores, unless such a set was given and no store."""
+        unlabelled = [evalset for evalset in self.evalsets if not evalset.tasks]
+        places: list[_Place] = []
+        if self.config.store is not None or not unlabelled:
+            for group in group_by_store(self.runs, self.config.store, self._say):
+                rows = StoreRows(group.store, self.config.rows)
+                recipe = group.store.recipe
+                places.append(_Place(rows=rows, runs=group.cases, recipe=recipe))
+        for evalset in unlabelled:
+            rows_of_set = EvalSetRows(evalset, self.config.rows)
+            places.append(_Place(rows=rows_of_set, runs=self.runs, recipe=evalset.recipe))
+        return [self._with_text(place) for place in places] if self.chosen.text else places
 
-    def _text_of(self, group: StoreGroup) -> _Text | None:
-        if not self.chosen.text:
-            return None
-        context_size = group.store.corpus.heldout.context_size
-        most = self.config.contexts or max(1, TEXT_TOKENS // context_size)
-        text = StoreText(group.store, most)
-        return _Text(text=text, info=find_model(group.store, self.config.model))
+    def _with_text(self, place: _Place) -> _Place:
+        """With text and model, looked at before anything is computed."""
+        where = f"{place.rows.where[0].upper()}{place.rows.where[1:]}"
+        info = find_model(place.recipe, where, self.config.model)
+        text = place.rows.text(self.config.contexts, most_tokens=TEXT_TOKENS)
+        return replace(place, text=text, info=info)
 
     def _find_baselines(self) -> list[BaselineCase]:
         """Those of the first run of each shape."""
@@ -214,18 +223,14 @@ class _Evaluation:
 
     def run(self) -> None:
         """All passes."""
-        for group, text in self.groups:
-            rows = StoreRows(group.store, self.config.rows)
-            cases = self._with_baselines(group.cases)
-            self._rows_pass(rows, cases)
-            if text is not None:
-                self._text_pass(group, text, rows, cases)
+        for place in self.places:
+            cases = self._with_baselines(place.runs)
+            self._rows_pass(place.rows, cases)
+            if place.text is not None:
+                self._text_pass(place, place.text, cases)
         for evalset in self.evalsets:
-            cases = self._with_baselines(self.runs)
             if evalset.tasks:
-                self._items_pass(evalset, cases)
-            else:
-                self._rows_pass(EvalSetRows(evalset, self.config.rows), cases)
+                self._items_pass(evalset, self._with_baselines(self.runs))
 
     def _with_baselines(self, runs: Sequence[RunCase]) -> list[Case]:
         return [*runs, *(each for each in self.baselines if each.parent in runs)]
@@ -238,28 +243,21 @@ class _Evaluation:
     def _items_pass(self, evalset: EvalSet, cases: Sequence[Case]) -> None:
         asked = self.chosen.for_suite(evalset.suite)
         source = evalset_source(evalset)
-        judged = [each for each in cases if each.has_latents]
-        seats = self._seats(source, judged, asked, evalset.read, evalset.n_rows)
+        seats = self._seats(source, cases, asked, evalset.read, evalset.n_rows)
         if seats:
             judge_items(evalset, seats, self.device, seed=self.config.seed, show=self._show)
 
     def _text_pass(
-        self, group: StoreGroup, found: _Text, rows: StoreRows, cases: Sequence[Case]
+        self, place: _Place, text: StoreText | EvalSetText, cases: Sequence[Case]
     ) -> None:
-        asked = self._choose(found.text.n_contexts).text
-        seats = self._seats(found.text.source, cases, asked, rows.read, rows.n_rows)
+        rows, asked = place.rows, self._choose(text.n_contexts).text
+        seats = self._seats(text.source, cases, asked, rows.read, rows.n_rows)
         if not seats:
             return
-        model = load_patched(group.store, found.info, self.device, self.config.dtype)
-        mean_D = self._sample(rows.read, rows.n_rows).mean(dim=0, dtype=torch.float64)
-        judge_text(
-            found.text,
-            model,
-            mean_D.float(),
-            seats,
-            seed=self.config.seed,
-            show=self._show,
-        )
+        assert place.info is not None
+        model = load_patched(place.recipe, place.info, self.device, self.config.dtype)
+        mean_D = self._sample(rows.read, rows.n_rows).double().mean(dim=0).float()
+        judge_text(text, model, mean_D, seats, seed=self.config.seed, show=self._show)
 
     def _seats(
         self,

@@ -14,6 +14,7 @@ What a folder does not say (of an SAE that was converted from elsewhere) is null
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,11 +78,11 @@ class Judged(ABC):
 
 
 class JudgedSae(Judged):
-    """A fitted SAE."""
+    """A fitted SAE; one in another number format is judged as a float32 copy."""
 
     def __init__(self, sae: Sae, facts: Mapping[str, Any]) -> None:
-        self.sae = sae.float().requires_grad_(False).eval()
-        super().__init__(W_dec=sae.W_dec.data, b_dec=sae.b_dec.data, facts=facts)
+        self.sae = sae if sae.W_dec.dtype == torch.float32 else copy.deepcopy(sae).float()
+        super().__init__(W_dec=self.sae.W_dec.data, b_dec=self.sae.b_dec.data, facts=facts)
 
     def latents(self, x_BD: Tensor) -> Tensor:
         return self.sae.encode(x_BD)

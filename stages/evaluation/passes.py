@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...storage.errors import InputError, SaePipeError
@@ -27,7 +29,7 @@ from .judged import Judged
 from .latents import SparseLatents
 from .patched import PatchedModel
 from .results import Source
-from .sources import RowSource, StoreText, evalset_source
+from .sources import EvalSetText, RowSource, StoreText, evalset_source
 from .text import TextBatch
 
 BATCH_ROWS = 4096
@@ -158,7 +160,7 @@ def judge_items(
 
 
 def judge_text(
-    text: StoreText,
+    text: StoreText | EvalSetText,
     model: PatchedModel,
     mean_D: Tensor,
     seats: Sequence[Seat],
@@ -177,6 +179,7 @@ def judge_text(
             judge.metric = first.metric
             sharing.append(seat)
     contexts = max(1, TEXT_BATCH_TOKENS // text.context_size)
+    units = Units()
     with progress(text.n_contexts, f"text of {text.source.name}", "contexts", show=show) as bar:
         for part in text.batches(contexts):
             batch = TextBatch(
@@ -184,7 +187,7 @@ def judge_text(
                 tokens_BT=part.tokens_BT,
                 length_B=part.length_B,
                 rows_BT=part.rows_BT,
-                unit_BT=part.document_BT,
+                unit_BT=units.of(part.document_BT),
                 first_context=part.first,
                 mean_D=mean_D,
             )
@@ -198,6 +201,19 @@ def judge_text(
             own.seconds = judge.seconds / len(sharing)
     for seat in seats:
         seat.finish(text.source, _of_one(seat, seed))
+
+
+class Units:
+    """Documents as dense units 0, 1, ... in the order in which they are met."""
+
+    def __init__(self) -> None:
+        self._units: dict[int, int] = {}
+
+    def of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The unit of each, in the same shape."""
+        found, place = np.unique(documents, return_inverse=True)
+        units = [self._units.setdefault(each, len(self._units)) for each in found.tolist()]
+        return np.array(units, np.int64)[place].reshape(documents.shape)
 
 
 def _of_one(seat: Seat, seed: int) -> Callable[[Any], Any]:

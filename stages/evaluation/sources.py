@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,10 @@ class RowSource(ABC):
         """Rows start to stop."""
 
     @abstractmethod
+    def text(self, most_contexts: int | None, *, most_tokens: int) -> StoreText | EvalSetText:
+        """The contexts of its text: so many, or those of so many tokens."""
+
+    @abstractmethod
     def _labels(self) -> tuple[NDArray[np.int64], str]:
         """What each row belongs to (N,), and what that is, plural."""
 
@@ -116,6 +121,11 @@ class StoreRows(RowSource):
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         return self.store.heldout.read(start, stop)
 
+    def text(self, most_contexts: int | None, *, most_tokens: int) -> StoreText:
+        """The contexts of the held-out text: so many, or those of so many tokens."""
+        size = self.store.corpus.heldout.context_size
+        return StoreText(self.store, most_contexts or max(1, most_tokens // size))
+
     def _labels(self) -> tuple[NDArray[np.int64], str]:
         source_N = self.store.heldout.source(0, self.n_rows)
         try:
@@ -149,6 +159,11 @@ class EvalSetRows(RowSource):
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         return self.evalset.read(start, stop)
+
+    def text(self, most_contexts: int | None, *, most_tokens: int) -> EvalSetText:
+        """The contexts of the rows: so many, or those of so many tokens."""
+        size = int(self.evalset.recipe["context_size"])
+        return EvalSetText(self.evalset, most_contexts or max(1, most_tokens // size))
 
     def _labels(self) -> tuple[NDArray[np.int64], str]:
         item_N = self.evalset.row_item[: self.n_rows]
@@ -222,5 +237,46 @@ class StoreText:
                 length_B=length_B,
                 rows_BT=self._table.rows(start, stop)[:, :longest],
                 document_BT=self._table.documents(start, stop)[:, :longest].astype(np.int64),
+                first=start,
+            )
+
+
+class EvalSetText:
+    """The contexts of an evaluation set without labels (suite core), the first n of them.
+
+    A set holds the tokens of rows only, so that a context comes without its first token: BOS where
+    the tokenizer puts it there, and else lost; then the next one stands first, and is no row.
+    """
+
+    def __init__(self, evalset: EvalSet, most_contexts: int) -> None:
+        self.source = evalset_source(evalset)
+        tokenizer = evalset.recipe.get("tokenizer", {})
+        bos = tokenizer.get("bos_id") if tokenizer.get("prepends_bos") else None
+        self._evalset, self._bos = evalset, [] if bos is None else [int(bos)]
+        # Positions ascend inside a context.
+        begins = np.flatnonzero(np.diff(evalset.row_position, prepend=np.iinfo(np.int32).max) <= 0)
+        self._starts = np.append(begins, evalset.n_rows)[: most_contexts + 1]
+        self.n_contexts = len(self._starts) - 1
+        self.context_size = int(np.diff(self._starts).max()) + len(self._bos)
+
+    def batches(self, contexts: int) -> Iterator[Contexts]:
+        """So many contexts at a time, padded to the longest among them."""
+        evalset, n_bos = self._evalset, len(self._bos)
+        for start in range(0, self.n_contexts, contexts):
+            starts = self._starts[start : start + contexts + 1]
+            length_B = np.diff(starts) + n_bos
+            tokens_BT = np.zeros((len(length_B), int(length_B.max())), np.int64)
+            document_BT = np.zeros_like(tokens_BT)
+            for context, (first, last) in enumerate(pairwise(starts)):
+                rows = slice(int(first), int(last))
+                tokens_BT[context, : length_B[context]] = [*self._bos, *evalset.row_token[rows]]
+                documents = evalset.item_document[evalset.row_item[rows]]
+                document_BT[context, n_bos : length_B[context]] = documents
+            positions_T = np.arange(tokens_BT.shape[1])
+            yield Contexts(
+                tokens_BT=tokens_BT,
+                length_B=length_B,
+                rows_BT=(positions_T >= 1) & (positions_T < length_B[:, None]),
+                document_BT=document_BT,
                 first=start,
             )
