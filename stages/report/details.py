@@ -137,7 +137,7 @@ def ood_section(runs: Sequence[Judgement], groups: Groups) -> Section | None:
         return None
     text = [
         "AUC of a probe on a few latents, on text of another kind than it was trained on; mean over "
-        "seeds. The black line is the oracle: a probe on raw activations. Bars begin at chance, 0.5."
+        "seeds. The upright line is the oracle, a probe on raw activations. Bars begin at chance, 0.5."
     ]
     if malformed:
         text.append(f"Malformed out of distribution, as published: {', '.join(malformed)}.")
