@@ -57,3 +57,7 @@ def _root(
 def main() -> None:
     """Entry point of the console script."""
     app()
+
+
+if __name__ == "__main__":  # torchrun -m sae_pipe.pipeline.cli fit ...
+    main()

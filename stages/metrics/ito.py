@@ -35,6 +35,7 @@ from .rows import Floats, Moments, RowBatch, Rows, UnitSums, ratio
 # Of a row's coefficients after each atom: while they are few, when they are many, at the end.
 STEPS, FEW_STEPS, LAST_STEPS = 16, 4, 64
 _MANY_STEPS_UP_TO = 32  # atoms
+_MOST_STEPS = 64  # beyond, several atoms join at once
 SAMPLE_ROWS = 256
 MOST_K = 256
 _BATCH_ROWS = 256
@@ -203,27 +204,30 @@ def pursue(x_BD: Tensor, judged: Judged, k: int) -> Tensor:
 
 
 def _pursued(x_BD: Tensor, atoms_SD: Tensor, k: int) -> Tensor:
-    row_B = torch.arange(len(x_BD), device=x_BD.device)
     chosen_BK = torch.zeros(len(x_BD), k, dtype=torch.int64, device=x_BD.device)
     atoms_BKD = x_BD.new_zeros(len(x_BD), k, x_BD.shape[1])
     gram_BKK, target_BK = x_BD.new_zeros(len(x_BD), k, k), x_BD.new_zeros(len(x_BD), k)
     a_BK = x_BD.new_zeros(len(x_BD), k)
-    residual_BD = x_BD
-    for place in range(k):
+    residual_BD, width = x_BD, -(-k // _MOST_STEPS)
+    for start in range(0, k, width):
+        stop = min(start + width, k)
         products_BS = residual_BD @ atoms_SD.T
-        if place == 0:
+        if start == 0:
             first_BS = products_BS.clone()
-        products_BS.scatter_(1, chosen_BK[:, :place], -torch.inf)
-        new_B = chosen_BK[:, place] = products_BS.argmax(dim=1)
-        atoms_BKD[:, place] = atoms_SD[new_B]
-        target_BK[:, place] = first_BS[row_B, new_B]
-        n = place + 1
-        pairs_BK = torch.einsum("bkd,bd->bk", atoms_BKD[:, :n], atoms_BKD[:, place])
-        gram_BKK[:, place, :n] = gram_BKK[:, :n, place] = pairs_BK
-        steps = STEPS if n <= _MANY_STEPS_UP_TO else FEW_STEPS
-        steps = LAST_STEPS if n == k else steps
-        a_BK[:, :n] = _descend(gram_BKK[:, :n, :n], target_BK[:, :n], a_BK[:, :n], steps)
-        residual_BD = x_BD - torch.einsum("bk,bkd->bd", a_BK[:, :n], atoms_BKD[:, :n])
+        products_BS.scatter_(1, chosen_BK[:, :start], -torch.inf)
+        new_BW = products_BS.topk(stop - start, dim=1).indices
+        chosen_BK[:, start:stop] = new_BW
+        atoms_BKD[:, start:stop] = atoms_SD[new_BW]
+        target_BK[:, start:stop] = first_BS.gather(1, new_BW)
+        pairs_BKW = atoms_BKD[:, :stop] @ atoms_BKD[:, start:stop].transpose(1, 2)
+        gram_BKK[:, :stop, start:stop] = pairs_BKW
+        gram_BKK[:, start:stop, :stop] = pairs_BKW.transpose(1, 2)
+        steps = STEPS if stop <= _MANY_STEPS_UP_TO else FEW_STEPS
+        steps = LAST_STEPS if stop == k else steps
+        a_BK[:, :stop] = _descend(
+            gram_BKK[:, :stop, :stop], target_BK[:, :stop], a_BK[:, :stop], steps
+        )
+        residual_BD = x_BD - (a_BK[:, None, :stop] @ atoms_BKD[:, :stop])[:, 0]
     return x_BD - residual_BD
 
 
