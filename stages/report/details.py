@@ -85,7 +85,7 @@ def _concept_table(run: Judgement, details: Details, places: LatentPages) -> Dat
     return DataTable(
         title=run.name,
         header=(
-            "letter", "words", "F1 of its probe", "F1 of one latent", "main latents", "absorbed",
+            "concept", "words", "F1 of its probe", "F1 of one latent", "main latents", "absorbed",
             "fraction", "absorbed words",
         ),
         rows=rows,
@@ -259,4 +259,4 @@ def _number(value: Any) -> float | None:
 
 def _text(value: Any, form: str) -> str:
     found = _number(value)
-    return "-" if found is None else format(found, form)
+    return "-" if found is None else format(found, form).replace("%", "\N{NO-BREAK SPACE}%")
