@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..storage.printable import printable
 from .errors import told_to_the_user
-from .tables import printable, table
+from .tables import table
 
 
 def register(app: typer.Typer) -> None:

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import told_to_the_user
+from ..stages.torchrun import find_place
+from ..storage.errors import InputError
+from .errors import told_once
 
 if TYPE_CHECKING:
     from ..stages.plan import Plan
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from .sweep_file import FitTable, SweepFile
 
 
-@told_to_the_user
+@told_once
 def sweep(
     file: Annotated[
         Path,
@@ -33,6 +35,11 @@ def sweep(
     """
     from .sweep_file import read_sweep
 
+    if (processes := find_place().world_size) > 1:
+        raise InputError(
+            f"sweep is a single process, and torchrun has started {processes}. Start it without "
+            "torchrun; the lists of `sae-pipe fit` can be fitted by several."
+        )
     asked = read_sweep(file)
     if dry_run:
         _plan(asked)

@@ -16,9 +16,15 @@ def describe(path: Path, manifest: dict[str, Any], evalset: EvalSet | None) -> s
     recipe = manifest["recipe"]
     pairs: list[tuple[str, Any]] = [
         ("state", manifest["state"]),
-        ("suite", f"{manifest['suite']}, pooling {manifest['pooling']}, seed {recipe['seed']}"),
-        ("model", f"{recipe['model']['name']} ({recipe['model']['revision']}), {recipe['dtype']}"),
-        ("hook", f"{recipe['hook']} of layer {recipe['layer']}"),
+        (
+            "suite",
+            f"{manifest['suite']}, pooling {manifest['pooling']}, seed {recipe.get('seed', '-')}",
+        ),
+        (
+            "model",
+            f"{recipe['model']['name']} ({recipe['model']['revision']}), {recipe.get('dtype', '-')}",
+        ),
+        ("hook", f"{recipe.get('hook', '-')} of layer {recipe['layer']}"),
         ("items", f"{manifest['n_items']:,}"),
         ("rows", f"{manifest['n_rows']:,} of {manifest['d_in']}"),
     ]

@@ -200,11 +200,15 @@ class EvalSetWriter:
         changing = ("format", "format_version", "state", "request", "provenance", "execution")
         names = [name for name in self.manifest if name not in changing]
         differing = [name for name in names if begun.get(name) != self.manifest[name]]
-        if begun.get("state") != BUILDING or differing:
-            what = f"another {', '.join(differing)}" if differing else "everything in it"
+        if differing:
             raise InputError(
-                f"Evaluation set {self.path} was begun with {what}. Pass what it was begun with, "
-                "or another --out."
+                f"Evaluation set {self.path} was begun with another {', '.join(differing)}. Pass "
+                "what it was begun with, or another --out."
+            )
+        if begun["state"] != BUILDING:
+            raise InputError(
+                f"Evaluation set {self.path} was finished by another process just now. Run the same "
+                "command again to see that."
             )
 
     def _members(self) -> dict[str, zarr_metadata.Metadata]:

@@ -678,7 +678,7 @@ def test_the_commands_build_a_set_and_show_it(lm: Path, table: Path) -> None:
     assert json.loads(cli("info", out, "--json")[1])["suite"] == "csv"
     manifest = out / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"complete"', '"building"'))
-    assert "done    60 rows" in cli("info", out)[1].splitlines()
+    assert "done   60 rows" in cli("info", out)[1].splitlines()
 
 
 def test_mistakes_on_the_command_line_are_one_sentence(

@@ -212,6 +212,15 @@ def test_a_set_that_was_begun_with_something_else_is_left_alone(
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
 
+def test_a_set_that_has_been_finished_meanwhile_is_not_written_again(evalset: EvalSet) -> None:
+    message = (
+        f"^Evaluation set {evalset.path} was finished by another process just now. Run the same "
+        "command again to see that.$"
+    )
+    with pytest.raises(InputError, match=message):
+        EvalSetWriter(evalset.path, ORIGIN, contents(), d_in=5, chunk_rows=10)
+
+
 def test_rows_that_are_there_are_not_mixed_with_other_tokens(tmp_path: Path) -> None:
     path = tmp_path / "a.zarr"
     EvalSetWriter(path, ORIGIN, contents(), d_in=5, chunk_rows=10).write(rows()[:10])

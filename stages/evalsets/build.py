@@ -60,44 +60,50 @@ def build(config: EvalSetConfig, *, say: Say = print, show_progress: bool = True
         return None
     dtype = pick_dtype(config.dtype, device)
     draft: Draft = config.kind.draft(making)
-    chunk_rows = _chunk_rows(draft)
     _say_plan(draft, making, say)
     if begun is None:
         check_room(config.out, _n_rows(draft) * info.d_model * 4)
     model = load_truncated(info, (config.layer,), config.hook, device, dtype)
     with sole_writer(config.out, "Evaluation set"):
-        if begun is None and (config.out / MANIFEST).is_file():
-            raise InputError(
-                f"Evaluation set {config.out} was begun by another process just now. Run the same "
-                "command again to see whether it is the same recipe."
-            )
-        execution = _execution(model, draft, begun)
-        origin = Origin(
-            recipe=_recipe(making, draft, dtype),
-            tokenizer_json=tokenizer.json,
-            request=config.request(),
-            dropped=_sorted(draft.dropped),
-            truncated=_sorted(draft.truncated),
-            execution=execution,
-        )
-        writer = EvalSetWriter(
-            config.out, origin, draft.contents(), d_in=info.d_model, chunk_rows=chunk_rows
-        )
-        writer.record_run(
-            {
-                "started": provenance.now(),
-                "hardware": provenance.hardware(),
-                "device": _device_name(device),
-                "versions": provenance.versions(),
-            }
-        )
-        _fill(writer, model, draft, execution["batch_tokens"], show_progress=show_progress)
-        evalset = writer.finish()
+        evalset = _write(making, draft, model, begun)
     say(
         f"{config.out} is complete: {evalset.n_items:,} items, {evalset.n_rows:,} rows of "
         f"{evalset.d_in}."
     )
     return evalset
+
+
+def _write(
+    making: Making, draft: Draft, model: HookedModel, begun: Mapping[str, Any] | None
+) -> EvalSet:
+    """The set on disk. begun: its manifest when this run came to it, None for a new one."""
+    out = making.config.out
+    if begun is None and (out / MANIFEST).is_file():
+        raise InputError(
+            f"Evaluation set {out} was begun by another process just now. Run the same command "
+            "again to see whether it is the same recipe."
+        )
+    execution = _execution(model, draft, begun)
+    origin = Origin(
+        recipe=_recipe(making, draft, model.dtype),
+        tokenizer_json=making.tokenizer.json,
+        request=making.config.request(),
+        dropped=_sorted(draft.dropped),
+        truncated=_sorted(draft.truncated),
+        execution=execution,
+    )
+    writer = EvalSetWriter(
+        out, origin, draft.contents(), d_in=model.d_model, chunk_rows=_chunk_rows(draft)
+    )
+    this_run = {
+        "started": provenance.now(),
+        "hardware": provenance.hardware(),
+        "device": _device_name(model.device),
+        "versions": provenance.versions(),
+    }
+    writer.record_run(this_run)
+    _fill(writer, model, draft, execution["batch_tokens"], show_progress=making.show_progress)
+    return writer.finish()
 
 
 def _begun(config: EvalSetConfig) -> dict[str, Any] | None:

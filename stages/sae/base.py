@@ -8,15 +8,19 @@ folded into biases and threshold, so that a loaded one takes raw activations.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ...storage.errors import InputError
+from ..parallel import ALONE, Group
 from .initialise import unit_rows
 from .support import SparseSupport, Support, entries_at, row_dots, support_of
 
@@ -29,7 +33,9 @@ class TrainingPass:
     """What one pass over a batch gives the trainer.
 
     loss: all terms but the auxiliary loss of dead latents; parts: its terms, for the log
-    pre_BS: pre-activations of all latents, without gradients, in memory that the next pass reuses
+    (of the rows of this process, if there are more: whole_batch.py)
+    pre_BS: pre-activations of all latents, without gradients, in memory that the next pass of any
+        SAE of the thread reuses
     fired_S: which latents were active on at least one row; l0: active latents per row, mean over B
     smallest_kept: what the threshold averages; not finite when nothing fired; None without one
     """
@@ -44,18 +50,38 @@ class TrainingPass:
     smallest_kept: Tensor | None = None
 
 
-@dataclass
 class Workspace:
-    """Memory for pre-activations, kept from pass to pass: fresh pages cost more than filling them."""
+    """Memory for pre-activations, kept from pass to pass: fresh pages cost more than filling them.
 
-    buffers: dict[str, Tensor] = field(default_factory=dict)
+    SAEs that step in one thread take turns with the same memory, whose contents last until another
+    asks for it; it is freed with the last of them. One that is private shares with none.
+    """
+
+    _all: ClassVar[WeakValueDictionary[tuple[object, ...], _Buffer]] = WeakValueDictionary()
+
+    def __init__(self, *, private: bool = False) -> None:
+        self._owner = self if private else None
+        self._held: dict[tuple[int, str], _Buffer] = {}
 
     def like(self, name: str, shape: tuple[int, int], of: Tensor, dtype: torch.dtype) -> Tensor:
         """An uninitialised matrix on the device of another tensor."""
-        found = self.buffers.get(name)
-        if found is None or (found.shape, found.dtype, found.device) != (shape, dtype, of.device):
-            found = self.buffers[name] = torch.empty(shape, dtype=dtype, device=of.device)
-        return found
+        place = threading.get_ident(), name
+        key = (id(self._owner), *place, shape, dtype, of.device)
+        buffer = self._all.get(key)
+        if buffer is None:
+            buffer = self._all[key] = _Buffer(torch.empty(shape, dtype=dtype, device=of.device))
+        self._held[place] = buffer
+        return buffer.matrix
+
+    def __deepcopy__(self, memo: object) -> Workspace:
+        return Workspace()
+
+
+class _Buffer:
+    """A matrix that several may hold, and that goes when none does."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
 
 
 class Sae(nn.Module, ABC):
@@ -67,6 +93,8 @@ class Sae(nn.Module, ABC):
     # How the fit goes about it; no part of what is saved.
     reference: bool = False  # the reference trainers' behaviour where ours is another
     low_precision: bool = False  # latents are chosen by bfloat16 products
+    group: Group = ALONE  # the processes that have the other rows of a batch
+    low_products: bool = False  # full matrices are multiplied in bfloat16, off the CPU
 
     def __init__(self, *, d_in: int, d_sae: int, k: int | None) -> None:
         super().__init__()
@@ -137,6 +165,15 @@ class Sae(nn.Module, ABC):
         sparsity: weight of the sparsity term in this step.
         """
 
+    @contextmanager
+    def own_workspace(self) -> Iterator[Workspace]:
+        """Passes inside work in memory that stays for as long as what this yields is held."""
+        before, self._workspace = self._workspace, Workspace(private=True)
+        try:
+            yield self._workspace
+        finally:
+            self._workspace = before
+
     def centred(self, x_BD: Tensor) -> Tensor:
         """What the encoder's product takes, without gradients: b_dec's comes by `encoder_bias`."""
         return x_BD - self.b_dec.detach() if self.subtracts_b_dec else x_BD
@@ -182,7 +219,8 @@ class Sae(nn.Module, ABC):
         self, pre_BS: Tensor, centred_BD: Tensor, bias_S: Tensor | None, wanted_BS: Tensor
     ) -> Support:
         """The support of the wanted entries, whichever form is faster."""
-        support = support_of(pre_BS, wanted_BS, self.W_dec.dtype)
+        dtype = self.W_dec.dtype
+        support = support_of(pre_BS, wanted_BS, dtype, low_products=self.low_products)
         if isinstance(support, SparseSupport) and self.low_precision:
             return self._exact(support, centred_BD, bias_S)
         return support

@@ -88,7 +88,10 @@ class JumpRelu(Sae):
         active_V = (z_V > theta_V).detach().to(x_BD.dtype)
         near_S = self._near(z_V.detach(), theta_V.detach(), active_V, support)
         l0: Tensor = _Count.apply(  # type: ignore[no-untyped-call]
-            self.threshold, active_V.sum() / len(x_BD), near_S / len(x_BD), self.bandwidth
+            self.threshold,
+            self.group.mean(active_V.sum() / len(x_BD)),  # the penalty is no mean over rows
+            near_S / len(x_BD),
+            self.bandwidth,
         )
         penalty = (l0 / self.k - 1).square()
         return TrainingPass(

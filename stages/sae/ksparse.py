@@ -24,10 +24,11 @@ NO_THRESHOLD = -1.0  # a threshold that was not estimated yet; real ones are pos
 
 @dataclass(frozen=True)
 class Kept:
-    """The entries that a pass keeps, with their latents (N)."""
+    """The entries that a pass keeps, with their latents (N); and what they were chosen from."""
 
     support: SparseSupport
     latents_N: Tensor
+    pre_BS: Tensor
 
 
 class KSparse(Sae):
@@ -53,7 +54,8 @@ class KSparse(Sae):
     @torch.no_grad()
     def start_from(self, x_BD: Tensor) -> None:
         """b_dec becomes the geometric median of the first batch."""
-        self.b_dec.copy_(geometric_median(x_BD))
+        whole_BD = self.group.gather(x_BD).flatten(0, 1)
+        self.b_dec.copy_(geometric_median(whole_BD))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *rest: object
@@ -79,7 +81,8 @@ class KSparse(Sae):
         """The largest entries and their latents, with gradients."""
         support = self.entries(pre_BS, centred_BD, self.b_enc, self.largest(pre_BS, k))
         bias_S = self.encoder_bias(self.b_enc)
-        return Kept(support, torch.relu(support.encode(centred_BD, self.W_enc, bias_S)))
+        latents_N = torch.relu(support.encode(centred_BD, self.W_enc, bias_S))
+        return Kept(support, latents_N, pre_BS)
 
     def training_pass(self, x_BD: Tensor, sparsity: Tensor | float = 0.0) -> TrainingPass:
         centred_BD = self.centred(x_BD)

@@ -42,6 +42,7 @@ class Matryoshka(BatchTopK):
         n_groups = len(group_sizes)
         self.group_sizes = tuple(group_sizes)
         self.group_weights = tuple(group_weights or (1 / n_groups for _ in group_sizes))
+        self._groups: tuple[Tensor, Tensor] | None = None
         if sum(self.group_sizes) != d_sae or min(self.group_sizes) < 1:
             raise InputError(
                 f"The group sizes {list(self.group_sizes)} must be positive and add up to "
@@ -77,12 +78,12 @@ class Matryoshka(BatchTopK):
 
     def _groups_on(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Where groups end, and the weights of their prefixes' losses; made once for a device."""
-        found = self._workspace.buffers.get("ends")
-        if found is None or found.device != like.device:
+        found = self._groups
+        if found is None or found[0].device != like.device:
             ends = torch.tensor(self.group_sizes, device=like.device).cumsum(0)
             weights = torch.tensor(self.group_weights, dtype=torch.float64) / len(ends)
-            self._workspace.buffers |= {"ends": ends, "weights": weights.to(like)}
-        return self._workspace.buffers["ends"], self._workspace.buffers["weights"]
+            found = self._groups = ends, weights.to(like)
+        return found
 
 
 def nested_error(

@@ -66,13 +66,16 @@ class TopK(KSparse):
         smallest_B = torch.where(latents_BK > 0, latents_BK, torch.inf).amin(dim=1).float()
         counts_B = smallest_B.isfinite()
         # 0 / 0, when no row counts, is the NaN by which the threshold knows.
-        return torch.where(counts_B, smallest_B, 0).sum() / counts_B.sum()
+        sums = torch.stack([torch.where(counts_B, smallest_B, 0), counts_B.float()]).sum(dim=1)
+        total, count = self.group.sum(sums).unbind()
+        return total / count
 
     def reconstruct(self, x_BD: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
         loss, x_hat_BD = super().reconstruct(x_BD, kept)
         if self.multi_topk:
-            pre_BS = self._workspace.buffers["pre"]
-            more = self.keep(pre_BS, self.centred(x_BD), min(_MULTI * self.train_k, self.d_sae))
+            more = self.keep(
+                kept.pre_BS, self.centred(x_BD), min(_MULTI * self.train_k, self.d_sae)
+            )
             more_BD = more.support.decode(more.latents_N, self.W_dec) + self.b_dec
             loss = loss + self.multi_topk * squared_error(x_BD, more_BD)
         return loss, x_hat_BD
