@@ -16,6 +16,7 @@ from .cli_fit import fit
 from .cli_harvest import harvest
 from .cli_inspect import inspect
 from .cli_report import report
+from .cli_selftest import selftest
 from .cli_store import app as store
 from .cli_sweep import sweep
 
@@ -32,6 +33,7 @@ app.command("sweep")(sweep)
 app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("report")(report)
+app.command("selftest")(selftest)
 app.command("inspect")(inspect)
 app.command("demo")(demo)
 app.add_typer(store, name="store")

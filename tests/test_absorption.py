@@ -16,8 +16,7 @@ from sae_pipe.stages.evaluation.results import as_json
 from sae_pipe.stages.evaluation.splitting import main_latents
 from sae_pipe.stages.metrics.absorption import Absorption, least_concepts
 from sae_pipe.stages.metrics.base import MetricResult, TaskData
-
-from .planted import LETTERS, ByHand, PlantedLetters, orthonormal, task_of
+from sae_pipe.stages.selftest.planted import LETTERS, ByHand, PlantedLetters, orthonormal, task_of
 
 ABSORBED = [letter % 5 for letter in range(26)]  # of 8 test words each
 

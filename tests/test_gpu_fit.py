@@ -59,11 +59,12 @@ def test_steps_never_wait_and_agree_with_the_cpu(case: Case) -> None:
     batches = case.batches()[:STEPS]
     on_cpu, on_gpu = trainer_of(case), trainer_of(case, device="cuda", capture=False)  # float64
     expected = stepped(on_cpu, batches)
-    # The first makes what lasts: Adam's state, tables of the architecture.
-    assert stepped(on_gpu, batches, waits_from=1) == pytest.approx(expected, rel=1e-9)
+    # The first makes what lasts: Adam's state, tables of the architecture. A GPU's Adam reads the
+    # learning rate from a float32.
+    assert stepped(on_gpu, batches, waits_from=1) == pytest.approx(expected, rel=1e-6)
     for name, value in on_cpu.state_dict().items():
         theirs = on_gpu.state_dict()[name].cpu()
-        torch.testing.assert_close(theirs, value, rtol=1e-6, atol=1e-9, msg=name)
+        torch.testing.assert_close(theirs, value, rtol=1e-5, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("arch", FIRST_OF_ARCH)

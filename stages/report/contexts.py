@@ -88,7 +88,7 @@ def level_of(value: float, largest: float) -> int:
     """0 for what is not active (or has no row), else 1 to LEVELS by its share of the largest."""
     if not value > 0 or not largest > 0:
         return 0
-    return min(LEVELS, math.ceil(LEVELS * value / largest))
+    return max(1, math.ceil(LEVELS * min(value / largest, 1.0)))
 
 
 def visible(tokens: Sequence[str]) -> str:

@@ -85,7 +85,7 @@ def _concept_table(run: Judgement, details: Details, places: LatentPages) -> Dat
     return DataTable(
         title=run.name,
         header=(
-            "letter", "words", "F1 of its probe", "F1 of one latent", "main latents", "absorbed",
+            "concept", "words", "F1 of its probe", "F1 of one latent", "main latents", "absorbed",
             "fraction", "absorbed words",
         ),
         rows=rows,
@@ -137,7 +137,7 @@ def ood_section(runs: Sequence[Judgement], groups: Groups) -> Section | None:
         return None
     text = [
         "AUC of a probe on a few latents, on text of another kind than it was trained on; mean over "
-        "seeds. The black line is the oracle: a probe on raw activations. Bars begin at chance, 0.5."
+        "seeds. The upright line is the oracle, a probe on raw activations. Bars begin at chance, 0.5."
     ]
     if malformed:
         text.append(f"Malformed out of distribution, as published: {', '.join(malformed)}.")
@@ -259,4 +259,4 @@ def _number(value: Any) -> float | None:
 
 def _text(value: Any, form: str) -> str:
     found = _number(value)
-    return "-" if found is None else format(found, form)
+    return "-" if found is None else format(found, form).replace("%", "\N{NO-BREAK SPACE}%")

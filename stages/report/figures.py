@@ -16,7 +16,7 @@ from .groups import Group
 from .svg import GRID, HEIGHT, INK, MUTED, SERIES, SURFACE, draw
 
 _MOST_BARS = 24
-_AXIS_CHARACTERS, _TICK_CHARACTERS = 36, 20
+_AXIS_CHARACTERS, _TICK_CHARACTERS = 36, 24
 
 ARROW_WORDS = {"up": "more is better", "down": "less is better", "none": "no way is better"}
 

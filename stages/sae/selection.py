@@ -28,7 +28,7 @@ def largest_of_rows(pre_BS: Tensor, k: int) -> Tensor:
     n_rows, n_latents = pre_BS.shape
     n_groups = max(_LEAST_GROUPS, _GROUPS_A_K * k)
     is_worth_it = _LEAST_GROUP_SIZE * n_groups <= n_latents and pre_BS.dtype != torch.bfloat16
-    if pre_BS.device.type == "cpu" and is_worth_it:
+    if may_ask(pre_BS) and is_worth_it:
         latent_BK = _largest_above_a_bound(pre_BS, k, n_groups)
     else:
         latent_BK = pre_BS.topk(k, dim=1, sorted=False).indices
