@@ -9,6 +9,7 @@ from ..stages.fitconfig import DTYPES, FitConfig
 from ..stages.loggers import LOGGERS
 from ..stages.sae import ARCHITECTURES
 from ..storage.order import OPEN_SHARDS
+from .cache_flags import CacheDir, CacheSize, use_cache
 from .errors import told_to_the_user
 from .fit_flags import RUNS, check_workers, fit_configs, listed, paths
 
@@ -20,8 +21,8 @@ def fit(
     store: Annotated[
         list[str],
         typer.Option(
-            help="The activation store to fit from; several times, or a list with commas, for SAEs "
-            "from each.",
+            help="The activation store to fit from, a folder or an address such as "
+            "s3://bucket/acts.zarr; several times, or a list with commas, for SAEs from each.",
             rich_help_panel=_SAE,
         ),
     ],
@@ -277,6 +278,8 @@ def fit(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
 ) -> None:
     """Fit sparse autoencoders from a store: one, or every combination of lists.
 
@@ -285,6 +288,7 @@ def fit(
     shards that are sealed now, and keeps to those.
     """
     flags = dict(locals())
+    use_cache(cache_dir, cache_size)
     # Torch takes seconds to import: a flag that cannot work is refused before that.
     for name in ("l0", "d_sae", "seed"):
         flags[name] = None if flags[name] is None else listed(name, flags[name], int)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..stages.fitconfig import FitConfig
+from ..storage.address import Place, place
 from ..storage.errors import InputError
 
 T = TypeVar("T")
@@ -40,14 +41,14 @@ def _each_once(flag: str, values: list[T]) -> list[T]:
     return values
 
 
-def paths(entries: Sequence[str]) -> list[Path]:
+def paths(entries: Sequence[str]) -> list[Place]:
     """Stores, given one by one or as lists with commas; a path that has commas is one path."""
     parts = [
         part
         for entry in entries
         for part in ([entry] if Path(entry).exists() else entry.split(","))
     ]
-    return _each_once("store", [Path(part.strip()) for part in parts])
+    return _each_once("store", [place(part.strip()) for part in parts])
 
 
 def check_workers(workers: int | None, n_stores: int) -> None:

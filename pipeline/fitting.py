@@ -9,6 +9,7 @@ from ..stages.fit import default_out, fit
 from ..stages.fit_source import open_to_fit
 from ..stages.fitconfig import FitConfig
 from ..stages.sweep import StoreTask, SweepResult, check_all_ended_well, fit_all, sweep_tasks
+from ..storage.address import Place
 from .tables import run_table
 
 
@@ -17,7 +18,7 @@ def say(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def fit_one(store: Path, config: FitConfig, out: Path | None, *, follow: bool) -> None:
+def fit_one(store: Place, config: FitConfig, out: Path | None, *, follow: bool) -> None:
     """Fit one SAE into a run folder, and show it."""
     folder = Path(default_out(store, config)) if out is None else out
     opened = open_to_fit(store, folder, follow=follow, say=say)
@@ -27,7 +28,7 @@ def fit_one(store: Path, config: FitConfig, out: Path | None, *, follow: bool) -
 
 
 def fit_several(
-    stores: Sequence[Path],
+    stores: Sequence[Place],
     configs: Sequence[FitConfig],
     root: Path,
     *,

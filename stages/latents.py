@@ -4,7 +4,6 @@
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,7 +60,7 @@ def top_activations(
             raise InputError(f"{flag} must be at least 1, not {value}.")
     if sae.d_in != store.d_in:
         raise InputError(
-            f"Store {store.path} has d_in={store.d_in}, but the SAE expects {sae.d_in}. "
+            f"Store {store.place} has d_in={store.d_in}, but the SAE expects {sae.d_in}. "
             "Pass the store that it was fitted from."
         )
     _ = store.corpus  # without tokens there is nothing to show: say so before the rows are read
@@ -70,7 +69,7 @@ def top_activations(
         n_rows = min(n_rows, max_rows)
     if n_rows == 0:
         raise InputError(
-            f"Store {store.path} has no held-out rows to look at. "
+            f"Store {store.place} has no held-out rows to look at. "
             "Harvest one with --heldout-tokens above 0."
         )
     values_NS, rows_NS, fired_S = _top_rows(sae, store, n_rows, examples)
@@ -130,7 +129,7 @@ def _example(store: ActivationStore, activation: float, row: int, around: int) -
     tokens = store.corpus.heldout.context(context)
     first = max(position - around, 0)
     texts = decode_tokens(
-        Path(store.path / "tokenizer.json"), tokens[first : position + around + 1].tolist()
+        store.file("tokenizer.json"), tokens[first : position + around + 1].tolist()
     )
     here = position - first
     return Example(

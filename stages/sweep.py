@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..storage import provenance
+from ..storage.address import Place, described
 from ..storage.errors import InputError, SaePipeError
 from ..storage.files import write_json, write_whole
 from ..storage.manifest import read_manifest
@@ -31,7 +32,7 @@ Say = Callable[[str], None]
 class StoreTask:
     """The SAEs to fit from one store, each into its own folder; plain data."""
 
-    store: Path
+    store: Place
     configs: tuple[FitConfig, ...]
     outs: tuple[Path, ...]
     follow: bool = False
@@ -41,12 +42,12 @@ class StoreTask:
 class SweepResult:
     """One SAE of one store."""
 
-    store: Path
+    store: Place
     outcome: Outcome
 
 
 def sweep_tasks(
-    configs: Mapping[Path, Sequence[FitConfig]], root: Path, *, follow: bool = False
+    configs: Mapping[Place, Sequence[FitConfig]], root: Path, *, follow: bool = False
 ) -> list[StoreTask]:
     """What to fit from each store, and where to. Raises InputError where names would be the same.
 
@@ -77,7 +78,7 @@ def sweep_tasks(
     return tasks
 
 
-def _run_name(store: Path, config: FitConfig, differing: Sequence[str]) -> str:
+def _run_name(store: Place, config: FitConfig, differing: Sequence[str]) -> str:
     others = "".join(f"-{name}_{getattr(config, name)}" for name in differing)
     return Path(default_out(store, config)).name + others
 
@@ -137,7 +138,7 @@ def write_report(root: Path, results: Sequence[SweepResult]) -> None:
     runs = [
         {
             "run": result.outcome.run.name,
-            "store": str(result.store.resolve()),
+            "store": described(result.store),
             "summary": None if result.outcome.summary is None else asdict(result.outcome.summary),
             "error": None if result.outcome.error is None else str(result.outcome.error),
         }

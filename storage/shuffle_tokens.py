@@ -39,7 +39,7 @@ class Contexts:
             size = 0
         if size < 1:
             raise InputError(
-                f"Store {store.path} does not record its context size, so its rows' contexts are "
+                f"Store {store.place} does not record its context size, so its rows' contexts are "
                 "unknown and its shuffle cannot be measured."
             )
         if corpus.get("source"):
@@ -50,7 +50,7 @@ class Contexts:
         n = _largest_source(store) // size + 1
         if n * size > POSITIONS_A_ROW * max(store.n_rows, 1 << 20):
             raise StoreError(
-                f"The source indices of {store.path} reach {n * size:,}, and it has "
+                f"The source indices of {store.place} reach {n * size:,}, and it has "
                 f"{store.n_rows:,} rows: they are no positions of contexts of {size}. "
                 "Fetch or import the store again."
             )
