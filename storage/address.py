@@ -136,6 +136,7 @@ def place(where: str | Path | Address) -> Place:
 def shown(text: str) -> str:
     """A text that may hold addresses, with whatever in them could be a credential left out."""
     text = re.sub(r"(://)[^/@\s'\"]*@", r"\1", text)
+    text = re.sub(r"(://[^\s'\"<>)#]*)#[^\s'\"<>)]*", r"\1", text)
     text = re.sub(r"\?[^\s'\"<>)]*", "", text)
     return "".join(c if c.isprintable() else " " for c in text)
 

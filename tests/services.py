@@ -4,6 +4,7 @@ a wire between them and the tests that can be cut, slowed down and measured."""
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,9 +71,37 @@ class S3:
 
     def requests(self, method: str) -> list[str]:
         """The paths of all requests of a kind, in order."""
-        lines = self.log.read_text(errors="replace").splitlines()
+        log = re.sub(r"\x1b\[\d*m", "", self.log.read_text(errors="replace"))
+        lines = log.splitlines()
         marked = (line.partition(f'"{method} ')[2] for line in lines)
         return [line.split()[0].removeprefix(f"/{BUCKET}/") for line in marked if line]
+
+    def environment(self, cache: Path) -> dict[str, str]:
+        """What sets this server and a cache, for this process and others."""
+        return {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "SAE_PIPE_CACHE": str(cache),
+        }
+
+    def put(self, store: Path, name: str) -> str:
+        """Every file of a store into the bucket, as another tool would; returns the address."""
+        client = self.client()
+        for file in store.rglob("*"):
+            if file.is_file() and file.name != ".lock":
+                client.upload_file(str(file), BUCKET, f"{name}/{file.relative_to(store)}")
+        client.close()
+        return f"s3://{BUCKET}/{name}"
+
+    def client(self) -> Any:
+        import boto3
+
+        return boto3.client(
+            "s3",
+            endpoint_url=f"http://127.0.0.1:{self.port}",
+            aws_access_key_id=ENVIRONMENT["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=ENVIRONMENT["AWS_SECRET_ACCESS_KEY"],
+            region_name="us-east-1",
+        )
 
 
 def need(*packages: str) -> None:
@@ -89,17 +119,11 @@ def s3_server(folder: Path) -> Iterator[S3]:
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port, log
     )
     try:
-        import boto3
-
-        keys = {
-            "aws_access_key_id": ENVIRONMENT["AWS_ACCESS_KEY_ID"],
-            "aws_secret_access_key": ENVIRONMENT["AWS_SECRET_ACCESS_KEY"],
-            "region_name": "us-east-1",
-        }
-        client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys)
+        s3 = S3(port, log)
+        client = s3.client()
         client.create_bucket(Bucket=BUCKET)
         client.close()
-        yield S3(port, log)
+        yield s3
     finally:
         stop(process)
 

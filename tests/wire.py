@@ -24,9 +24,7 @@ class _Wire:
         temporary.write_text(json.dumps(self.carried))
         os.replace(temporary, self._counts)
 
-    async def serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             there, back = await asyncio.open_connection("127.0.0.1", self._to)
         except OSError:
