@@ -31,7 +31,7 @@ def read_manifest(path: Place) -> Manifest:
     Raises StoreError: no such folder, not a store, damaged, or of a newer format.
     """
     if isinstance(path, Address):
-        from .remote_files import fetch_manifest
+        from .store_source import fetch_manifest
 
         return fetch_manifest(path)
     if not path.is_dir():
@@ -128,7 +128,7 @@ def read_commit(file: Path) -> dict[str, Any] | None:
 def began_by(manifest: Manifest) -> str:
     """The command that makes a store of this kind."""
     origin = manifest.get("provenance", {})
-    commands = {"imported": "store import", "recoded": "store recode"}
+    commands = {"imported": "store import", "recoded": "store recode", "sampled": "store pull"}
     return next((command for name, command in commands.items() if name in origin), "harvest")
 
 

@@ -10,7 +10,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +18,11 @@ from typing import Any, TypeVar
 
 from .address import Address, shown
 from .errors import InputError, NetworkError, SaePipeError, StoreError
+from .hub_commits import commit, in_commits
 from .unfinished import WaitEnded
 
 T = TypeVar("T")
+F = TypeVar("F")
 Say = Callable[[str], object]
 Stopped = Callable[[], bool]
 
@@ -177,11 +179,56 @@ class Link:
             if name.startswith(root)
         }
 
-    def put(self, file: Path, name: str) -> str:
-        """Send a file, which appears whole; returns its version (see `listing`)."""
-        target = self.path(name)
-        self.try_until_it_works(name, lambda: self._system.put_file(str(file), target))
-        return _version(self.try_until_it_works(name, lambda: self._info(name)))
+    def groups(self, files: Sequence[F], size_of: Callable[[F], int]) -> list[list[F]]:
+        """Files in the groups that `put` sends at once."""
+        if not self._commits:
+            return [[file] for file in files]
+        return list(in_commits([(file, size_of(file)) for file in files]))
+
+    def groups_at_once(self, wanted: int) -> int:
+        """How many groups may be sent at once: a commit comes after another."""
+        return 1 if self._commits else wanted
+
+    @property
+    def _commits(self) -> bool:
+        """Whether files are sent in commits: to repositories of the Hub, not to its buckets."""
+        return self.address.protocol == "hf" and not self.address.url.startswith("hf://buckets/")
+
+    def put(self, files: Sequence[tuple[Path | bytes, str]]) -> list[tuple[int | None, str]]:
+        """Send files, or contents, each of which appears whole, under their names.
+
+        Returns the size that each has there, where the service says so, and its version (see
+        `listing`). Raises StoreError when there is nothing to send to.
+        """
+        try:
+            self.try_until_it_works(files[0][1], lambda: self._put(files))
+            entries = [
+                self.try_until_it_works(name, lambda name=name: self._info(name))  # type: ignore[misc]
+                for _, name in files
+            ]
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{self.address} cannot be written: there is no such bucket, container or "
+                "repository. Create it first, or look at the address."
+            ) from error
+        return [
+            (None if entry.get("size") is None else int(entry["size"]), _version(entry))
+            for entry in entries
+        ]
+
+    def put_bytes(self, data: bytes, name: str) -> None:
+        """Send a small file, which appears whole."""
+        self.put([(data, name)])
+
+    def _put(self, files: Sequence[tuple[Path | bytes, str]]) -> None:
+        if self._commits:
+            commit(self._system, self.path(""), files)
+            return
+        for content, name in files:
+            if isinstance(content, Path):
+                self._system.put_file(str(content), self.path(name))
+            else:
+                self._system.pipe_file(self.path(name), content)
 
     # --- patience ---
 
@@ -339,5 +386,5 @@ def _version(entry: dict[str, Any]) -> str:
     """What tells one state of a remote file from another: no proof of its content."""
     for key in ("ETag", "etag", "md5Hash", "generation", "blob_id", "mtime", "LastModified"):
         if entry.get(key):
-            return str(entry[key])
+            return str(entry[key]).strip('"')
     return ""

@@ -98,6 +98,8 @@ class Tokens:
         self._contexts, self._seen, self._advance = contexts, seen, advance
         # The draw of the masks is not known here: which positions were left out for it is not.
         drops = bool(store.recipe.get("drop_masked"))
+        # Nor which rows of the whole store a part of it was left without.
+        drops |= "sampled" in store.manifest.get("provenance", {})
         self._rows_left = contexts.n * contexts.size if drops else store.n_rows
         if contexts.table is None:
             return

@@ -21,7 +21,14 @@ from typer.testing import CliRunner
 from sae_pipe.pipeline.cli import app
 from sae_pipe.stages.fit import fit
 from sae_pipe.stages.fitconfig import FitConfig
-from sae_pipe.storage import ActivationStore, InputError, NetworkError, StoreError, open_store
+from sae_pipe.storage import (
+    ActivationStore,
+    InputError,
+    NetworkError,
+    StoreError,
+    open_store,
+    store_source,
+)
 from sae_pipe.storage import remote as remote_module
 from sae_pipe.storage.remote import Refused
 
@@ -363,9 +370,7 @@ def served(
 def test_a_store_on_a_web_server_reads_as_the_one_on_the_disk(
     served: Any, small_store: ActivationStore, monkeypatch: pytest.MonkeyPatch, ranges: bool
 ) -> None:
-    from sae_pipe.storage import remote_files
-
-    monkeypatch.setattr(remote_files, "PART_BYTES", 10_000)  # a shard in several parts
+    monkeypatch.setattr(store_source, "PART_BYTES", 10_000)  # a shard in several parts
     with served(ranges=ranges):
         store = open_store(served.address)
         np.testing.assert_array_equal(store.read(slice(None)), small_store.read(slice(None)))
