@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
     app.command()(pull)
 
 
-def _bar(what: str) -> Any:
+def open_bar_of(what: str) -> Any:
     """Opens a progress bar, given bytes in all and bytes done already."""
     from ..stages.progress import progress
 
@@ -55,11 +55,11 @@ def push(
     if isinstance(where, Address):
         from ..storage.push import push as send
 
-        send(path, where, say=typer.echo, open_bar=_bar("push"))
+        send(path, where, say=typer.echo, open_bar=open_bar_of("push"))
         return
     from ..storage.pull import pull as fetch
 
-    fetch(path, where, say=typer.echo, open_bar=_bar("push"))
+    fetch(path, where, say=typer.echo, open_bar=open_bar_of("push"))
 
 
 @told_to_the_user
@@ -94,7 +94,7 @@ def pull(
             f"A store is pulled into a folder, and {into} is an address. Pass a folder, or use "
             "`sae-pipe store push` to send a store there."
         )
-    fetch(place(source), Path(into), part, say=typer.echo, open_bar=_bar("pull"))
+    fetch(place(source), Path(into), part, say=typer.echo, open_bar=open_bar_of("pull"))
 
 
 def whole_rows(text: str) -> int:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..storage.address import Address, Place
+from ..storage.address import Place
 from .cache_flags import CacheDir, CacheSize, use_cache
 from .errors import told_to_the_user
 
@@ -42,12 +42,12 @@ def sweep(
     if dry_run:
         _plan(asked)
         return
-    from ..stages.harvest import harvest
+    from ..stages.harvest_remote import harvest_anywhere
     from ..stages.sweep import check_all_ended_well
     from .fitting import run_tasks
 
     stores: list[Place] = [
-        path for config in asked.harvests for path in harvest(config, say=typer.echo)
+        path for config in asked.harvests for path in harvest_anywhere(config, say=typer.echo)
     ]
     results = []
     for root, tasks in _tasks(asked, stores).items():
@@ -89,14 +89,14 @@ def _stores_of(tables: "list[FitTable]", stores: list[Place]) -> list[Place]:
 
 def _plan(asked: "SweepFile") -> None:
     """The harvests' own plans, then what the fits will take."""
-    from ..stages.harvest import harvest
+    from ..stages.harvest_remote import harvest_anywhere
     from ..stages.sweep_plan import StoreShape, plan_lines
 
     shapes: dict[Place, StoreShape] = {}
     for config in asked.harvests:
         plans: list[Plan] = []
         typer.echo(f"harvest   {config.model}")
-        paths = harvest(config, say=typer.echo, dry_run=True, planned=plans.append)
+        paths = harvest_anywhere(config, say=typer.echo, dry_run=True, planned=plans.append)
         for path in paths:
             shapes[path] = _shape(path, plans)
     for root, tasks in _tasks(asked, list(shapes)).items():
@@ -111,7 +111,7 @@ def _shape(path: Place, plans: "list[Plan]") -> "StoreShape":
     from ..stages.sweep_plan import StoreShape
     from ..storage.manifest import MANIFEST, layout_of, read_manifest
 
-    is_begun = isinstance(path, Address) or (path / MANIFEST).is_file()
+    is_begun = isinstance(path, Path) and (path / MANIFEST).is_file()
     if plans and not (is_begun and "train" in read_manifest(path)):
         return StoreShape(path=path, n_rows=plans[0].rows, d_in=plans[0].d_in)
     layout = layout_of(read_manifest(path)["train"], path)

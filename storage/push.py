@@ -92,13 +92,14 @@ class Sending:
     def __init__(self, link: Link, root: Path) -> None:
         self._link, self._root = link, root
         self._notes = _Notes(link.address)
+        self._there: dict[str, tuple[int, str]] | None = None
 
     def missing(self, files: Sequence[StoredFile], *, trust: object = None) -> list[StoredFile]:
-        """Files that are not known to be there, the largest kind last.
+        """Files that are not known to be there.
 
         trust: whether what has the right size is there, unless it is noted otherwise.
         """
-        there = self._link.listing()
+        there = self._there = self._there or self._link.listing()
 
         def is_sent(file: StoredFile) -> bool:
             size, version = there.get(file.name, (-1, ""))
@@ -128,6 +129,8 @@ class Sending:
                     )
                 with lock:
                     self._notes.add(file.name, file.sha256, version)
+                    if self._there is not None:
+                        self._there[file.name] = file.bytes, version
                     bar.update(file.bytes)
 
         with ThreadPoolExecutor(self._link.groups_at_once(FILES_AT_ONCE), "send") as pool:

@@ -51,6 +51,18 @@ def fetch_manifest(address: Address) -> Manifest:
     return _manifest(Link(address, tell))[0]
 
 
+def manifest_if_there(address: Address) -> Manifest | None:
+    """The same, or None where there is no store."""
+    link = Link(address)
+    try:
+        data = link.read_small(MANIFEST, MANIFEST_LIMIT_BYTES)
+    except FileNotFoundError:
+        return None
+    finally:
+        link.end()
+    return checked_manifest(parse_json(data, f"{address}/{MANIFEST}"), address)
+
+
 def _manifest(link: Link) -> tuple[Manifest, bytes]:
     try:
         data = link.read_small(MANIFEST, MANIFEST_LIMIT_BYTES)

@@ -22,6 +22,7 @@ from .corpus import CORPUS_JSON, Corpus
 from .errors import SaePipeError, StoreError
 from .files import is_sha256
 from .manifest import (
+    COMMITS,
     COMPLETE,
     HARVESTING,
     MANIFEST,
@@ -30,6 +31,7 @@ from .manifest import (
     began_by,
     content_digest,
     layout_of,
+    read_commit,
     sealed_records,
 )
 from .shard import CRC_BYTES
@@ -101,12 +103,30 @@ def _shard_files(path: Path, manifest: Manifest) -> Iterator[StoredFile]:
         else:
             records = sealed_records(path, split)
         for shard, record in records.items():
-            for array, entry in record["files"].items():
-                if array not in ("activations", "source", "masked"):
-                    raise ValueError(f"a shard has an array {array!r}")
-                parts = [folder, array, "c", str(shard), *(["0"] if array == "activations" else [])]
-                name = "/".join(part for part in parts if part)
-                yield _recorded(name, SHARD, entry, split=split, shard=shard, array=array)
+            yield from _files_of_record(split, folder, shard, record)
+
+
+def files_of_shard(path: Path, split: str, shard: int) -> list[StoredFile]:
+    """The files of a shard that is sealed, of a store that is being written; none when its record
+    has gone into the manifest. StoreError when the record is damaged.
+    """
+    file = path / COMMITS / split / f"{shard:08d}.json"
+    record = read_commit(file)
+    try:
+        return [*_files_of_record(split, SPLITS[split], shard, record)] if record else []
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{file} is damaged ({error}). Harvest the store again.") from error
+
+
+def _files_of_record(
+    split: str, folder: str, shard: int, record: dict[str, Any]
+) -> Iterator[StoredFile]:
+    for array, entry in record["files"].items():
+        if array not in ("activations", "source", "masked"):
+            raise ValueError(f"a shard has an array {array!r}")
+        parts = [folder, array, "c", str(shard), *(["0"] if array == "activations" else [])]
+        name = "/".join(part for part in parts if part)
+        yield _recorded(name, SHARD, entry, split=split, shard=shard, array=array)
 
 
 def _recorded(name: str, kind: str, entry: Any, **of_shard: Any) -> StoredFile:

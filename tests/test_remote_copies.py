@@ -290,7 +290,7 @@ def test_a_part_that_cannot_be_is_refused() -> None:
         ({"rows": 5, "fraction": 0.1}, "^--rows and --fraction both say how much"),
     ):
         with pytest.raises(InputError, match=message):
-            Part(**given)  # type: ignore[arg-type]
+            Part(**given)
     assert [whole_rows(t) for t in ("50M", "1.5k", "7_000", "2B")] == [
         50_000_000, 1500, 7000, 2_000_000_000
     ]  # fmt: skip
