@@ -31,7 +31,9 @@ def commit(system: Any, root: str, files: Sequence[tuple[Path | bytes, str]]) ->
     datasets/USER/REPO/acts.zarr; files: a file or its content, and its name below the root.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    disable_progress_bars()  # the push has one of its own
     where = system.resolve_path(root)
     names = [name for _, name in files]
     shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

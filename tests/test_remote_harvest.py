@@ -1,9 +1,12 @@
 """A harvest into a bucket: sealed shards go as they come, killed and gone on with, manifest last."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +15,13 @@ import pytest
 from typer.testing import CliRunner
 
 from sae_pipe.pipeline.cli import app
-from sae_pipe.stages.harvest_remote import harvest_anywhere, spooled
+from sae_pipe.stages.harvest_remote import _Sender, harvest_anywhere, spooled
 from sae_pipe.storage import InputError, open_store
 from sae_pipe.storage.address import Address
+from sae_pipe.storage.files import write_json
+from sae_pipe.storage.manifest import COMMITS, HARVESTING
 from sae_pipe.storage.pull import pull
+from sae_pipe.storage.remote import Link
 
 from .harvesting import config_for, content
 from .services import S3
@@ -85,3 +91,41 @@ def test_a_harvest_to_where_nothing_can_be_written_does_not_begin(lm: Path, text
     result = CliRunner().invoke(app, [*command, "--out", "s3://key:hunter2@lab/acts.zarr"])
     assert result.exit_code == 2
     assert "hunter2" not in result.stderr
+
+
+def test_shards_are_sent_while_others_are_still_to_be_sealed(
+    s3: S3, store: Path, tmp_path: Path
+) -> None:
+    """A store that is being written, at two instants."""
+    spool = Path(shutil.copytree(store, tmp_path / "spool.zarr"))
+    manifest = json.loads((spool / "manifest.json").read_text())
+    records = {name: manifest[name].pop("shards") for name in ("train", "heldout")}
+
+    def seal(split: str, shard: int) -> None:
+        write_json(spool / COMMITS / split / f"{shard:08d}.json", records[split][shard])
+
+    for name in records:
+        manifest[name]["shards"] = []
+    write_json(spool / "manifest.json", manifest | {"state": HARVESTING})
+    seal("train", 0)
+    stopped, before, said = threading.Event(), len(s3.requests("PUT")), list[str]()
+    sender = _Sender(spool, Link(Address("s3://lab/live.zarr")), stopped)
+    thread = threading.Thread(target=sender.run, args=[said.append])
+    thread.start()
+
+    def arrived(names: list[str]) -> None:
+        until = time.monotonic() + 60
+        while sorted(s3.requests("PUT")[before:]) != [f"live.zarr/{name}" for name in names]:
+            assert time.monotonic() < until, (s3.requests("PUT")[before:], said)
+            time.sleep(0.05)
+
+    first = ["activations/c/0/0", "masked/c/0", "source/c/0"]
+    arrived(first)
+    seal("train", 1)
+    seal("heldout", 0)
+    more = ["activations/c/1/0", "masked/c/1", "source/c/1"]
+    more += ["heldout/activations/c/0/0", "heldout/source/c/0"]
+    arrived(sorted([*first, *more]))
+    stopped.set()
+    thread.join()
+    assert said == []

@@ -313,6 +313,36 @@ def test_a_fit_survives_a_cut_wire_and_says_so(
     assert (recorded["path"], recorded["digest"]) == (ADDRESS, small_store.digest)
 
 
+def test_a_signal_ends_a_wait_for_the_network(s3: S3, pushed: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with wire_to(s3.port, tmp_path) as wire:
+        wire.cut()
+        wire.join(bytes_per_s=5_000)  # the shards take ten seconds
+        command = [
+            str(Path(sys.executable).with_name("sae-pipe")), "fit", "--store", pushed, "--l0", "4",
+            "--d-sae", "32", "--device", "cpu", "--out", str(run),
+        ]  # fmt: skip
+        fitting = subprocess.Popen(
+            command,
+            env=os.environ | {"AWS_ENDPOINT_URL": wire.url},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until = time.monotonic() + 100
+        while not (run / "config.json").is_file():
+            assert fitting.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        time.sleep(1)
+        wire.cut()
+        time.sleep(1)
+        fitting.send_signal(signal.SIGTERM)
+        _, said = fitting.communicate(timeout=60)
+    assert fitting.returncode == 128 + signal.SIGTERM, said
+    assert "No connection to s3://lab/small.zarr" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.usefixtures("impatient")
 def test_what_never_answers_is_given_up_soon(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
