@@ -316,9 +316,12 @@ def test_a_store_is_pulled_from_a_web_server_and_copied_on_the_disk(
     assert files_of(tmp_path / "copy.zarr") == files_of(small_store.path)
 
 
-def test_recode_and_export_take_an_address(s3: S3, store: Path, tmp_path: Path) -> None:
-    address = s3.put(store, "given.zarr")
+def test_all_other_commands_take_an_address(s3: S3, store: Path, tmp_path: Path) -> None:
+    address, run = s3.put(store, "given.zarr"), str(tmp_path / "run")
+    small = ["--l0", "4", "--d-sae", "48", "--batch-size", "512", "--device", "cpu"]
     for command in (
+        ["fit", "--store", address, *small, "--out", run],
+        ["inspect", run, "--count", "1"],
         ["store", "recode", address, str(tmp_path / "copy.zarr"), "--codec", "none"],
         ["store", "export", address, str(tmp_path / "npy"), "--format", "numpy"],
         ["store", "info", address],

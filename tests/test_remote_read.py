@@ -160,6 +160,26 @@ def test_the_least_recently_used_shards_make_room_and_none_that_is_read(
         store.batches(64)
 
 
+def test_a_cache_of_one_group_serves_a_store_of_two(
+    s3: S3, make_store: Callable[..., ActivationStore], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    rows_ND = np.random.default_rng(3).standard_normal((40 * 1024, 4)).astype(np.float32)
+    near = make_store(tmp_path / "forty.zarr", rows_ND, rows_ND[:64])
+    address = s3.put(near.path, "forty.zarr")
+    sizes = [shard["files"]["activations"]["bytes"] for shard in near.manifest["train"]["shards"]]
+    limit = 34 * max(sizes) + (near.path / "manifest.json").stat().st_size
+    monkeypatch.setenv("SAE_PIPE_CACHE_SIZE", str(limit))
+    cache = tmp_path / "cache/stores"
+    largest = 0
+    with open_store(address).batches(1024) as far, near.batches(1024) as local:
+        for number in range(90):  # two epochs and a bit
+            np.testing.assert_array_equal(next(far), next(local))
+            if number % 10 == 0:
+                largest = max(largest, sum(cached(cache.parent).values()))
+    assert 32 * min(sizes) < largest <= limit
+
+
 def test_a_folder_of_other_things_is_no_cache(
     pushed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
