@@ -57,6 +57,7 @@ class RemoteFiles:
         descriptor = cache.open_store(self.key)
         weakref.finalize(self, os.close, descriptor)
         if not _has(self.folder / MANIFEST, self.source.data):
+            cache.make_room(len(self.source.data))
             write_whole(self.folder / MANIFEST, self.source.data)
 
     def _recorded(self) -> dict[str, StoredFile]:

@@ -34,6 +34,7 @@ CACHE_DIR, CACHE_SIZE = "SAE_PIPE_CACHE", "SAE_PIPE_CACHE_SIZE"  # environment v
 DEFAULT_SIZE = "100GB"
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _SPARE_BYTES = 200_000_000  # of the disk, left free
+_SLACK = 32  # a cache of many files is emptied to so much less than its size
 _LOOK_AGAIN_S = 0.1
 _TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"  # bford.info/cachedir
@@ -197,30 +198,41 @@ class Cache:
         can_wait: raise NotNow where that many are in use; otherwise the size is exceeded, as little
         as can be. Raises DiskError when the disk is full of other things.
         """
-        with self._sole_evictor():
+        with self._sole_evictor() as lock:
+            spare = free_bytes(self.root) - n_bytes - _SPARE_BYTES
+            used = _noted(lock)
+            if used is not None and used + n_bytes <= self.limit_bytes and spare >= 0:
+                _note(lock, used + n_bytes)
+                return
             files = self._files()
-            excess = sum(size for _, size, _ in files) + n_bytes - self.limit_bytes
-            excess = max(excess, n_bytes + _SPARE_BYTES - free_bytes(self.root))
+            used = sum(size for _, size, _ in files)
+            excess = max(used + n_bytes - self.limit_bytes, -spare)
+            # Where files are many, some more go at once: looking at all takes a while.
+            more = self.limit_bytes // _SLACK if n_bytes * 2 * _SLACK <= self.limit_bytes else 0
+            freed = 0
             for _, size, file in sorted(files):
-                if excess <= 0:
-                    return
+                if excess <= freed - (more if freed else 0):
+                    break
                 if self._given_up(file):
-                    excess -= size
-            if excess > 0 and can_wait:
+                    freed += size
+            is_room = excess <= freed
+            _note(lock, used - freed + (0 if can_wait and not is_room else n_bytes))
+            if can_wait and not is_room:
                 raise NotNow
             if n_bytes > free_bytes(self.root):
                 raise self._full(self.root)
 
     @contextmanager
-    def _sole_evictor(self) -> Iterator[None]:
+    def _sole_evictor(self) -> Iterator[int]:
+        """The lock of who makes room, in which it is noted how much is used."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.root / ".lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise disk_error(error, self.root) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            yield lock
         finally:
             os.close(lock)
 
@@ -283,6 +295,16 @@ class Held:
         with self._lock:
             for name in [name for name in self._descriptors if name not in keep]:
                 os.close(self._descriptors.pop(name))
+
+
+def _noted(lock: int) -> int | None:
+    """Bytes in use as they were noted last, never too few; None when nobody has looked yet."""
+    text = os.pread(lock, 32, 0)
+    return int(text) if text.isdigit() else None
+
+
+def _note(lock: int, n_bytes: int) -> None:
+    os.pwrite(lock, f"{n_bytes:020}".encode(), 0)
 
 
 def _locked(descriptor: int) -> bool:

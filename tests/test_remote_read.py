@@ -319,7 +319,7 @@ def test_a_fit_survives_a_cut_wire_and_says_so(
         monkeypatch.setenv("AWS_ENDPOINT_URL", wire.url)
         store = open_store(pushed)
         wire.cut()
-        joined = threading.Timer(3, wire.join)
+        joined = threading.Timer(2, wire.join)
         joined.start()
         far = fit(store, config, tmp_path / "far", show_progress=True)
         joined.join()
@@ -337,7 +337,7 @@ def test_a_signal_ends_a_wait_for_the_network(s3: S3, pushed: str, tmp_path: Pat
     run = tmp_path / "run"
     with wire_to(s3.port, tmp_path) as wire:
         wire.cut()
-        wire.join(bytes_per_s=5_000)  # the shards take ten seconds
+        wire.join(bytes_per_s=15_000)  # the shards take some seconds
         command = [
             str(Path(sys.executable).with_name("sae-pipe")), "fit", "--store", pushed, "--l0", "4",
             "--d-sae", "32", "--device", "cpu", "--out", str(run),
