@@ -229,7 +229,7 @@ class _Stream:
         self._store, self._config, self._scale = store, like.config, 1 / like.norm_factor
         group = like.trainer.group
         self._part = group.part(like.config.batch_size)
-        share = max(usable_cores() // group.place.local_size, 1)
+        share = max(usable_cores() // group.seat.local_size, 1)
         self._threads = None if group.is_alone else share
         self.device, self._dtype = like.trainer.device, like.trainer.sae.W_dec.dtype
         self._batches: TorchBatches | None = None

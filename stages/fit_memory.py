@@ -69,7 +69,7 @@ def check_memory(
     own = [replace(each, batch_size=each.batch_size // group.world_size) for each in configs]
     needed, there = sweep_bytes(own, d_in, at_once), _there_bytes(device)
     if device.type != "cuda":
-        needed *= group.place.local_size  # they share the machine's
+        needed *= group.seat.local_size  # they share the machine's
     if needed <= there:
         return
     d_sae = max(config.d_sae for config in configs)

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -172,7 +171,7 @@ def _rows_to_look_at(
             raise InputError(f"{flag} must be at least 1, not {value}.")
     if sae.d_in != store.d_in:
         raise InputError(
-            f"Store {store.path} has d_in={store.d_in}, but the SAE expects {sae.d_in}. "
+            f"Store {store.place} has d_in={store.d_in}, but the SAE expects {sae.d_in}. "
             "Pass the store that it was fitted from."
         )
     _ = store.corpus  # without tokens there is nothing to show: say so before the rows are read
@@ -181,7 +180,7 @@ def _rows_to_look_at(
         n_rows = min(n_rows, max_rows)
     if n_rows == 0:
         raise InputError(
-            f"Store {store.path} has no held-out rows to look at. "
+            f"Store {store.place} has no held-out rows to look at. "
             "Harvest one with --heldout-tokens above 0."
         )
     return n_rows
@@ -211,7 +210,7 @@ class _Text:
         self._store, self._table = store, store.corpus.heldout
 
     def decode(self, ids: Sequence[int]) -> list[str]:
-        return decode_tokens(Path(self._store.path / "tokenizer.json"), ids)
+        return decode_tokens(self._store.file("tokenizer.json"), ids)
 
     @cached_property
     def _source_N(self) -> NDArray[np.int64]:

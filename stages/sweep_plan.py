@@ -6,10 +6,10 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
+from ..storage.address import Place
 from ..storage.disk import human_bytes
 from .devices import pick_device, usable_cores
 from .fit import build_trainer, step_threads
@@ -26,7 +26,7 @@ _FOLDER_BYTES = 1_000_000  # of a run beside its weights: about a thousand lines
 class StoreShape:
     """A store that is there, or that a harvest will make."""
 
-    path: Path
+    path: Place
     n_rows: int
     d_in: int
 
