@@ -4,6 +4,8 @@ The first letters of words are no use on the demo model: at layers 0, 1, 3 and 5
 above 0.25, and absorption gives no score. Suffixes it knows. Writes a CSV file for
 `sae-pipe eval-set build --csv`: text (160 characters that end with the word), label, word.
 
+Ten labels, 200 words of each. There is no label for words without one of the suffixes: a catch-all is no concept.
+
     python tests/benchmarks/suffix_words.py --out suffix.csv
     sae-pipe eval-set build --model pipeline/demo_data/neox-pd --layer 3 --csv suffix.csv \\
         --text-column text --label-column label --position last --out suffix.zarr
@@ -24,7 +26,7 @@ from sae_pipe.storage.counter import permutation, stream_key
 
 SUFFIXES = ("tion", "ment", "ness", "ing", "est", "ous", "ed", "ly", "er", "s")
 NOT_PLURAL = ("ss", "us", "is")
-OF_EACH, OF_OTHERS, CHARACTERS = 200, 600, 160
+OF_EACH, CHARACTERS = 200, 160
 
 
 def documents(path: Path) -> Iterator[str]:
@@ -45,12 +47,12 @@ def first_uses(path: Path) -> dict[str, str]:
     return found
 
 
-def label_of(word: str) -> str:
-    """Its longest suffix, or other."""
+def label_of(word: str) -> str | None:
+    """Its longest suffix, or None."""
     for suffix in SUFFIXES:
         if word.endswith(suffix) and not (suffix == "s" and word.endswith(NOT_PLURAL)):
             return suffix
-    return "other"
+    return None
 
 
 def main() -> None:
@@ -60,14 +62,16 @@ def main() -> None:
     arguments = parser.parse_args()
     uses = first_uses(arguments.text)
     words = sorted(uses)
-    by_label: dict[str, list[str]] = {label: [] for label in (*SUFFIXES, "other")}
+    by_label: dict[str, list[str]] = {label: [] for label in SUFFIXES}
     for place in permutation(stream_key(0, "suffix words"), len(words)).tolist():
-        by_label[label_of(words[place])].append(words[place])
+        label = label_of(words[place])
+        if label is not None:
+            by_label[label].append(words[place])
     with arguments.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label", "word"])
         for label, chosen in by_label.items():
-            for word in chosen[: OF_OTHERS if label == "other" else OF_EACH]:
+            for word in chosen[:OF_EACH]:
                 writer.writerow([uses[word], label, word])
     print({label: len(chosen) for label, chosen in by_label.items()})
 
