@@ -36,7 +36,7 @@ class Tree20(Toy):
 
     settings: ClassVar[Mapping[str, Setting]] = {
         "relu": Setting(
-            steps=4000,
+            steps=8000,
             fields={"sparsity": 6e-2, "normalise": False, "resample_steps": 800},
             known={"recall_gap": (1.0, 0.05), "explained_variance": (0.999, 0.001)},
         ),
