@@ -8,12 +8,15 @@ from typing import Annotated
 
 import typer
 
+from .cli_compare import compare
 from .cli_demo import demo
 from .cli_eval import evaluate
 from .cli_evalset import app as eval_set
 from .cli_fit import fit
 from .cli_harvest import harvest
 from .cli_inspect import inspect
+from .cli_report import report
+from .cli_selftest import selftest
 from .cli_store import app as store
 from .cli_sweep import sweep
 
@@ -28,6 +31,9 @@ app.command("harvest")(harvest)
 app.command("fit")(fit)
 app.command("sweep")(sweep)
 app.command("eval")(evaluate)
+app.command("compare")(compare)
+app.command("report")(report)
+app.command("selftest")(selftest)
 app.command("inspect")(inspect)
 app.command("demo")(demo)
 app.add_typer(store, name="store")

@@ -134,8 +134,8 @@ def evaluate(
 
 
 def show(outcomes: "list[Outcome]", out: Path) -> None:
-    """Tables of what was found; InputError that names what failed."""
-    from ..storage.errors import InputError
+    """Tables of what was found; InputError that names what failed, or the error that is ours."""
+    from ..storage.errors import InputError, SaePipeError
     from .eval_tables import eval_tables
 
     results = [outcome.result for outcome in outcomes if outcome.result is not None]
@@ -143,10 +143,10 @@ def show(outcomes: "list[Outcome]", out: Path) -> None:
         typer.echo(line)
     computed, kept = sum(o.computed for o in outcomes), sum(o.kept for o in outcomes)
     typer.echo(f"\n{computed} results written to {out}; {kept} were there already.")
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
-    if len(failed) == 1 and len(outcomes) == 1:
-        assert failed[0].error is not None
-        raise failed[0].error
-    if failed:
-        what = "; ".join(f"{outcome.name}: {outcome.error}" for outcome in failed)
-        raise InputError(f"{len(failed)} of {len(outcomes)} SAEs failed. {what}")
+    errors = {outcome.name: outcome.error for outcome in outcomes if outcome.error is not None}
+    for error in errors.values():
+        if not isinstance(error, SaePipeError) or len(outcomes) == 1:
+            raise error
+    if errors:
+        what = "; ".join(f"{name}: {error}" for name, error in errors.items())
+        raise InputError(f"{len(errors)} of {len(outcomes)} SAEs failed. {what}")

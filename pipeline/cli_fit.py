@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from ..stages.fitconfig import DTYPES, FitConfig
+from ..stages.fitconfig import DTYPES, OPTIMIZER_STATES, FitConfig
 from ..stages.loggers import LOGGERS
 from ..stages.sae import ARCHITECTURES
-from ..stages.torchrun import find_place
+from ..stages.torchrun import find_seat
 from ..storage.order import OPEN_SHARDS
+from .cache_flags import CacheDir, CacheSize, use_cache
 from .errors import told_once
 from .fit_flags import RUNS, check_torchrun, check_workers, fit_configs, listed, paths
 
@@ -21,8 +22,8 @@ def fit(
     store: Annotated[
         list[str],
         typer.Option(
-            help="The activation store to fit from; several times, or a list with commas, for SAEs "
-            "from each.",
+            help="The activation store to fit from, a folder or an address such as "
+            "s3://bucket/acts.zarr; several times, or a list with commas, for SAEs from each.",
             rich_help_panel=_SAE,
         ),
     ],
@@ -225,6 +226,21 @@ def fit(
             rich_help_panel=_RUN,
         ),
     ] = FitConfig.selection,
+    optimizer_state: Annotated[
+        str,
+        typer.Option(
+            help=f"Of Adam's moments: {', '.join(OPTIMIZER_STATES)}; bfloat16 is half the memory.",
+            rich_help_panel=_RUN,
+        ),
+    ] = FitConfig.optimizer_state,
+    capture: Annotated[
+        bool,
+        typer.Option(
+            "--capture/--no-capture",
+            help="On a CUDA device, record a step once and replay it: the same numbers, sooner.",
+            rich_help_panel=_RUN,
+        ),
+    ] = FitConfig.capture,
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Minutes between checkpoints.", rich_help_panel=_RUN)
     ] = FitConfig.checkpoint_minutes,
@@ -281,6 +297,8 @@ def fit(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
 ) -> None:
     """Fit sparse autoencoders from a store: one, or every combination of lists.
 
@@ -290,6 +308,7 @@ def fit(
     together: `torchrun --nproc-per-node 2 --no-python sae-pipe fit ...`.
     """
     flags = dict(locals())
+    use_cache(cache_dir, cache_size)
     # Torch takes seconds to import: a flag that cannot work is refused before that.
     for name in ("l0", "d_sae", "seed"):
         flags[name] = None if flags[name] is None else listed(name, flags[name], int)
@@ -297,7 +316,7 @@ def fit(
     flags["log_to"] = tuple(listed("log_to", log_to, str)) if log_to else ()
     stores, configs = paths(store), fit_configs(flags)
     check_workers(workers, len(stores))
-    check_torchrun(find_place(), follow=follow, workers=workers)
+    check_torchrun(find_seat(), follow=follow, workers=workers)
     if len(stores) * len(configs) > 1:
         from .fitting import fit_several
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +10,7 @@ import typer
 from ..stages.dedup import DEDUPS
 from ..stages.harvest_config import DEFAULT_BLOCK_BYTES, HarvestConfig
 from ..stages.taps import DEFAULT_HOOK, HOOKS
+from ..storage.address import Address, place
 from ..storage.codecs import CODECS
 from ..storage.values import VALUE_TYPES
 from .errors import told_to_the_user
@@ -44,13 +44,14 @@ def harvest(
         ),
     ] = [0.0],  # noqa: B006 - typer copies it
     out: Annotated[
-        Path,
+        str,
         typer.Option(
-            help="The store. With several layers or ratios: one store each, named "
+            help="The store: a folder, or an address such as s3://bucket/acts.zarr, which shards are "
+            "sent to as they are sealed. With several layers or ratios: one store each, named "
             "acts-layer8-p0.3.zarr.",
             rich_help_panel=_RUN,
         ),
-    ] = Path("acts.zarr"),
+    ] = "acts.zarr",
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -215,9 +216,12 @@ def harvest(
     command goes on with a store that was interrupted.
     """
     flags = dict(locals())
-    from ..stages.harvest import harvest as run
+    from ..stages.harvest_remote import harvest_anywhere
+    from .cli_store_transfer import open_bar_of
 
-    run(harvest_config(flags), say=typer.echo, dry_run=dry_run)
+    harvest_anywhere(
+        harvest_config(flags), say=typer.echo, dry_run=dry_run, open_bar=open_bar_of("push")
+    )
 
 
 def harvest_config(flags: Mapping[str, Any]) -> HarvestConfig:
@@ -235,6 +239,13 @@ def harvest_config(flags: Mapping[str, Any]) -> HarvestConfig:
         name: flags[name] for name in flags.keys() & {field.name for field in fields(HarvestConfig)}
     }
     same["mask_p"] = tuple(same["mask_p"])
+    out = place(same.pop("out"))
+    if isinstance(out, Address):
+        from ..stages.harvest_remote import spooled
+
+        same |= spooled(out)
+    else:
+        same["out"] = out.expanduser()
     return HarvestConfig(
         **same,
         layers=tuple(flags["layer"]),

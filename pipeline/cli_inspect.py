@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..storage.address import STORE_HELP, place
 from .errors import told_to_the_user
 
 
@@ -12,8 +13,10 @@ from .errors import told_to_the_user
 def inspect(
     run: Annotated[Path, typer.Argument(help="The run folder of a fit.")],
     store: Annotated[
-        Path | None,
-        typer.Option(help="The store to look rows up in. Default: the one it was fitted from."),
+        str | None,
+        typer.Option(
+            help="The store to look rows up in. Default: the one it was fitted from. " + STORE_HELP
+        ),
     ] = None,
     latent: Annotated[
         list[int] | None,
@@ -37,7 +40,7 @@ def inspect(
         recorded = read_config(run).get("store", {}).get("path")
         if recorded is None:
             raise InputError(f"{run} does not say which store it was fitted from. Pass --store.")
-        store = Path(recorded)
-    opened = open_store(store, unfinished=True)
+        store = str(recorded)
+    opened = open_store(place(store), unfinished=True)
     found = top_activations(sae, opened, latent, count=count, examples=examples, max_rows=rows)
     typer.echo(show_latents(found))

@@ -1,21 +1,23 @@
 """sae-pipe store: look at a store, check it."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..storage.address import STORE_HELP, Place, place
 from .cli_store_copies import register as register_copies
 from .cli_store_repair import register as register_repair
 from .cli_store_repair import verify_files
+from .cli_store_transfer import register as register_transfer
 from .errors import told_to_the_user
 
 app = typer.Typer(help="Look at an activation store, check it.", no_args_is_help=True)
 register_copies(app)
 register_repair(app)
+register_transfer(app)
 
-_PATH = Annotated[Path, typer.Argument(help="The store, such as acts.zarr.")]
+_PATH = Annotated[str, typer.Argument(help=STORE_HELP)]
 
 
 @app.command()
@@ -31,11 +33,12 @@ def info(
     from ..storage.manifest import read_manifest
     from .show import show_pairs
 
-    manifest = read_manifest(path)
+    where = place(path)
+    manifest = read_manifest(where)
     if as_json:
         typer.echo(json.dumps(manifest, indent=1))
     else:
-        typer.echo(show_pairs(describe(path, manifest)))
+        typer.echo(show_pairs(describe(where, manifest)))
 
 
 @app.command()
@@ -60,16 +63,16 @@ def verify(
     shuffled; docs/numbers.md says how.
     """
     if shuffle:
-        _verify_shuffle(path, batch_size, as_json)
+        _verify_shuffle(place(path), batch_size, as_json)
         return
     from ..storage import InputError
 
     if batch_size is not None or as_json:
         raise InputError("--batch-size and --json belong to --shuffle. Add it, or leave them out.")
-    typer.echo(verify_files(path))
+    typer.echo(verify_files(place(path)))
 
 
-def _verify_shuffle(path: Path, batch_size: int | None, as_json: bool) -> None:
+def _verify_shuffle(path: Place, batch_size: int | None, as_json: bool) -> None:
     from ..stages.progress import progress
     from ..storage import StoreError, open_store
     from ..storage.shuffle import measure_shuffle, positions_to_read

@@ -8,6 +8,7 @@ import typer
 
 from ..stages.exporting import EXPORTERS
 from ..stages.harvest_config import DEFAULT_BLOCK_BYTES
+from ..storage.address import STORE_HELP, place
 from ..storage.codecs import CODECS
 from ..storage.values import VALUE_TYPES
 from .cli_harvest import whole_bytes
@@ -39,7 +40,7 @@ def _bar(what: str) -> Any:
 
 @told_to_the_user
 def recode(
-    source: Annotated[Path, typer.Argument(help="The store to copy, such as acts.zarr.")],
+    source: Annotated[str, typer.Argument(help=f"The store to copy. {STORE_HELP}")],
     target: Annotated[Path, typer.Argument(help="The copy, such as acts-compact.zarr.")],
     codec: Annotated[str, typer.Option(help=_CODEC_HELP)],
     store_dtype: Annotated[
@@ -56,7 +57,7 @@ def recode(
     """
     from ..storage.recode import recode as run
 
-    run(source, target, codec, store_dtype, say=typer.echo, open_bar=_bar("recode"))
+    run(place(source), target, codec, store_dtype, say=typer.echo, open_bar=_bar("recode"))
 
 
 @told_to_the_user
@@ -139,7 +140,7 @@ def import_(
 
 @told_to_the_user
 def export(
-    store: Annotated[Path, typer.Argument(help="The store, such as acts.zarr.")],
+    store: Annotated[str, typer.Argument(help=STORE_HELP)],
     out: Annotated[Path, typer.Argument(help="The folder to write, which must not be there.")],
     format: Annotated[
         str,
@@ -165,5 +166,7 @@ def export(
     """
     from ..stages.store_export import ExportConfig, export_rows
 
-    config = ExportConfig(store=store, out=out, format=format, split=split, dtype=dtype, rows=rows)
+    config = ExportConfig(
+        store=place(store), out=out, format=format, split=split, dtype=dtype, rows=rows
+    )
     export_rows(config, say=typer.echo, open_bar=_bar("export"))

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ..storage.address import Address, Place, only_local, place
+from ..storage.printable import printable
 from .errors import told_to_the_user
-from .tables import printable, table
+from .tables import table
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 @told_to_the_user
 def repair(
-    path: Annotated[Path, typer.Argument(help="The store, such as acts.zarr.")],
+    path: Annotated[str, typer.Argument(help="The store, such as acts.zarr.")],
     model: Annotated[
         str | None,
         typer.Option(help="The model that it was harvested from. Default: where that one was."),
@@ -38,7 +40,8 @@ def repair(
     """
     from ..stages.repair import repair as run
 
-    run(path, model=model, device=device, say=typer.echo)
+    folder = only_local(place(path), "A store is repaired where it stands")
+    run(folder, model=model, device=device, say=typer.echo)
 
 
 @told_to_the_user
@@ -61,7 +64,7 @@ def list_stores(
             typer.echo("\n" + "\n".join(damaged))
 
 
-def verify_files(path: Path) -> str:
+def verify_files(path: Place) -> str:
     """Compare every file with its digest; returns a line that says that all is well.
 
     Prints a table of all that is not, and raises StoreError with what to do.
@@ -71,12 +74,19 @@ def verify_files(path: Path) -> str:
     from ..storage.manifest import COMPLETE, read_manifest
     from ..storage.verify import advice, stored_files, verify_store
 
-    manifest = read_manifest(path)
-    files = stored_files(path, manifest)
+    folder, content = path, None
+    if isinstance(path, Address):
+        from ..storage.remote_files import open_to_verify
+
+        folder, manifest, content = open_to_verify(path)
+    else:
+        manifest = read_manifest(path)
+    assert isinstance(folder, Path)
+    files = stored_files(folder, manifest)
     total = sum(file.bytes for file in files)
     begun = time.perf_counter()
     with progress(total, "verify", "B") as bar:
-        damages = verify_store(path, manifest, files, bar.update)
+        damages = verify_store(folder, manifest, files, bar.update, content)
     seconds = time.perf_counter() - begun
     if damages:
         header = ("file", "what is wrong")

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..stages.torchrun import find_place
+from ..stages.torchrun import find_seat
+from ..storage.address import Place
 from ..storage.errors import InputError
+from .cache_flags import CacheDir, CacheSize, use_cache
 from .errors import told_once
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan of harvests and fits, and stop.")
     ] = False,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
 ) -> None:
     """Harvest what is missing, then fit every SAE that a file asks for from every store.
 
@@ -35,20 +39,23 @@ def sweep(
     """
     from .sweep_file import read_sweep
 
-    if (processes := find_place().world_size) > 1:
+    if (processes := find_seat().world_size) > 1:
         raise InputError(
             f"sweep is a single process, and torchrun has started {processes}. Start it without "
             "torchrun; the lists of `sae-pipe fit` can be fitted by several."
         )
+    use_cache(cache_dir, cache_size)
     asked = read_sweep(file)
     if dry_run:
         _plan(asked)
         return
-    from ..stages.harvest import harvest
+    from ..stages.harvest_remote import harvest_anywhere
     from ..stages.sweep import check_all_ended_well
     from .fitting import run_tasks
 
-    stores = [path for config in asked.harvests for path in harvest(config, say=typer.echo)]
+    stores: list[Place] = [
+        path for config in asked.harvests for path in harvest_anywhere(config, say=typer.echo)
+    ]
     results = []
     for root, tasks in _tasks(asked, stores).items():
         workers = max(table.workers or 1 for table in asked.fits if table.out == root)
@@ -56,7 +63,7 @@ def sweep(
     check_all_ended_well(results)
 
 
-def _tasks(asked: "SweepFile", stores: list[Path]) -> "dict[Path, list[StoreTask]]":
+def _tasks(asked: "SweepFile", stores: list[Place]) -> "dict[Path, list[StoreTask]]":
     """What is fitted into each folder: tables of one folder are one sweep, from one stream."""
     from ..stages.sweep import sweep_tasks
 
@@ -80,7 +87,7 @@ def _tasks(asked: "SweepFile", stores: list[Path]) -> "dict[Path, list[StoreTask
     }
 
 
-def _stores_of(tables: "list[FitTable]", stores: list[Path]) -> list[Path]:
+def _stores_of(tables: "list[FitTable]", stores: list[Place]) -> list[Place]:
     named = [
         path for table in tables for path in (stores if table.stores is None else table.stores)
     ]
@@ -89,14 +96,14 @@ def _stores_of(tables: "list[FitTable]", stores: list[Path]) -> list[Path]:
 
 def _plan(asked: "SweepFile") -> None:
     """The harvests' own plans, then what the fits will take."""
-    from ..stages.harvest import harvest
+    from ..stages.harvest_remote import harvest_anywhere
     from ..stages.sweep_plan import StoreShape, plan_lines
 
-    shapes: dict[Path, StoreShape] = {}
+    shapes: dict[Place, StoreShape] = {}
     for config in asked.harvests:
         plans: list[Plan] = []
         typer.echo(f"harvest   {config.model}")
-        paths = harvest(config, say=typer.echo, dry_run=True, planned=plans.append)
+        paths = harvest_anywhere(config, say=typer.echo, dry_run=True, planned=plans.append)
         for path in paths:
             shapes[path] = _shape(path, plans)
     for root, tasks in _tasks(asked, list(shapes)).items():
@@ -106,12 +113,12 @@ def _plan(asked: "SweepFile") -> None:
             typer.echo(line)
 
 
-def _shape(path: Path, plans: "list[Plan]") -> "StoreShape":
+def _shape(path: Place, plans: "list[Plan]") -> "StoreShape":
     """The sizes of a store: as it is laid out, or else as planned."""
     from ..stages.sweep_plan import StoreShape
     from ..storage.manifest import MANIFEST, layout_of, read_manifest
 
-    is_begun = (path / MANIFEST).is_file()
+    is_begun = isinstance(path, Path) and (path / MANIFEST).is_file()
     if plans and not (is_begun and "train" in read_manifest(path)):
         return StoreShape(path=path, n_rows=plans[0].rows, d_in=plans[0].d_in)
     layout = layout_of(read_manifest(path)["train"], path)

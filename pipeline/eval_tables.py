@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from ..stages.evaluation.results import Measured, Result, Source
+from ..stages.metrics import names_of
 from .tables import number, table
 
-# Values that are shown of metrics over rows and text: name, heading, form.
+# Values of metrics over rows and text that are shown: name, heading, form.
 _COLUMNS = (
     ("explained_variance", "explained variance", ".4f"),
     ("l0", "L0", ".1f"),
@@ -36,28 +37,23 @@ def _heading(source: Source) -> str:
 
 
 def _table(source: Source, results: Sequence[Result]) -> str:
-    rows = {each.name: _entries(each, source) for each in results}
-    rows = {name: entries for name, entries in rows.items() if entries}
-    known = {name for name, _, _ in _COLUMNS}
-    columns = [
-        column
-        for column in _COLUMNS
-        if any(column[0] in entry.values for e in rows.values() for entry in e)
-    ]
-    for entry in (entry for entries in rows.values() for entry in entries):
-        first = next(iter(entry.values), None)
-        is_shown = any(name in known for name in entry.values) or source.kind == "store"
-        if first is not None and not is_shown and first not in (name for name, _, _ in columns):
+    rows = [(each.name, _entries(each, source)) for each in results]
+    rows = [(name, entries) for name, entries in rows if entries]
+    of_all = [entry for _, entries in rows for entry in entries]
+    columns = [column for column in _COLUMNS if any(column[0] in entry.values for entry in of_all)]
+    for entry in of_all:
+        # Of a metric over items its first value is the one that it is about.
+        if entry.metric in names_of("items") and entry.values:
+            first = next(iter(entry.values))
             heading = first.replace("_", " ") + _ARROWS[entry.direction]
-            columns.append((first, heading, ".4f"))
+            if (first, heading, ".4f") not in columns:
+                columns.append((first, heading, ".4f"))
     header = ("SAE", *(heading for _, heading, _ in columns))
-    return table(
-        header,
-        [
-            (name, *(number(_value(entries, key), form) for key, _, form in columns))
-            for name, entries in rows.items()
-        ],
-    )
+    cells = [
+        (name, *(number(_value(entries, key), form) for key, _, form in columns))
+        for name, entries in rows
+    ]
+    return table(header, cells)
 
 
 def _entries(result: Result, source: Source) -> list[Measured]:

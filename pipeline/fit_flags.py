@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..stages.fitconfig import FitConfig
-from ..stages.torchrun import Place
+from ..stages.torchrun import Seat
+from ..storage.address import Place, place
 from ..storage.errors import InputError
 
 T = TypeVar("T")
@@ -41,14 +42,14 @@ def _each_once(flag: str, values: list[T]) -> list[T]:
     return values
 
 
-def paths(entries: Sequence[str]) -> list[Path]:
+def paths(entries: Sequence[str]) -> list[Place]:
     """Stores, given one by one or as lists with commas; a path that has commas is one path."""
     parts = [
         part
         for entry in entries
         for part in ([entry] if Path(entry).exists() else entry.split(","))
     ]
-    return _each_once("store", [Path(part.strip()) for part in parts])
+    return _each_once("store", [place(part.strip()) for part in parts])
 
 
 def check_workers(workers: int | None, n_stores: int) -> None:
@@ -62,16 +63,16 @@ def check_workers(workers: int | None, n_stores: int) -> None:
         )
 
 
-def check_torchrun(place: Place, *, follow: bool, workers: int | None) -> None:
+def check_torchrun(seat: Seat, *, follow: bool, workers: int | None) -> None:
     """InputError for flags that are for one process, where torchrun has started several."""
-    if place.world_size > 1 and follow:
+    if seat.world_size > 1 and follow:
         raise InputError(
             "--follow is for a single process. Fit when the store is complete, or without torchrun."
         )
-    if place.world_size > 1 and workers is not None:
+    if seat.world_size > 1 and workers is not None:
         raise InputError(
             "--workers start processes of their own, and torchrun has started "
-            f"{place.world_size} that fit each SAE together. Leave --workers out."
+            f"{seat.world_size} that fit each SAE together. Leave --workers out."
         )
 
 

@@ -11,6 +11,7 @@ from ..stages.fit_source import open_to_fit
 from ..stages.fitconfig import FitConfig
 from ..stages.parallel import ALONE, Group, OutOfStep, join
 from ..stages.sweep import Say, StoreTask, SweepResult, check_all_ended_well, fit_all, sweep_tasks
+from ..storage.address import Place
 from ..storage.errors import SaePipeError
 from .errors import USER_ERROR, tell
 from .tables import run_table
@@ -40,7 +41,7 @@ def in_group() -> Iterator[Group]:
         raise typer.Exit(USER_ERROR) from None
 
 
-def fit_one(store: Path, config: FitConfig, out: Path | None, *, follow: bool) -> None:
+def fit_one(store: Place, config: FitConfig, out: Path | None, *, follow: bool) -> None:
     """Fit one SAE into a run folder, and show it."""
     folder = Path(default_out(store, config)) if out is None else out
     with in_group() as group:
@@ -59,7 +60,7 @@ def _speaker(group: Group) -> Say:
 
 
 def fit_several(
-    stores: Sequence[Path],
+    stores: Sequence[Place],
     configs: Sequence[FitConfig],
     root: Path,
     *,

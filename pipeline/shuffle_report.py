@@ -1,12 +1,12 @@
 """What `sae-pipe store verify --shuffle` prints: each measure beside what it should be."""
 
-from pathlib import Path
 from typing import Any
 
+from ..storage.address import Place
 from ..storage.shuffle import Shuffle, verdict
 
 
-def report(path: Path, measured: Shuffle) -> list[tuple[str, str]]:
+def report(path: Place, measured: Shuffle) -> list[tuple[str, str]]:
     """Names and values; docs/numbers.md, "Shuffle", defines them."""
     spearman, batches = measured["spearman"], measured["batches"]
     pairs = [

@@ -21,6 +21,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..stages.fitconfig import FitConfig
 from ..stages.harvest_config import HarvestConfig
+from ..storage.address import Place, place
 from ..storage.errors import InputError
 from .cli_fit import fit
 from .cli_harvest import harvest, harvest_config
@@ -41,7 +42,7 @@ class FitTable:
 
     configs: list[FitConfig]
     out: Path
-    stores: list[Path] | None
+    stores: list[Place] | None
     workers: int | None
 
 
@@ -109,7 +110,7 @@ def _several(file: Path, tables: Mapping[str, Any], name: str) -> list[dict[str,
 def _fit_table(file: Path, given: dict[str, Any]) -> FitTable:
     table = _Table(file, "fit", given, _fit_keys())
     values = table.given_values() | table.defaults_beside(FitConfig)
-    stores = [Path(store) for store in values.pop("store")] if "store" in values else None
+    stores = [place(store) for store in values.pop("store")] if "store" in values else None
     out, workers = values.pop("out", RUNS), values.pop("workers", None)
     check_workers(workers, 0 if stores is None else len(stores))
     return FitTable(configs=fit_configs(values), out=out, stores=stores, workers=workers)
@@ -136,6 +137,7 @@ def _fit_keys() -> dict[str, _Key]:
             kind, many = _plain(fields[field])
         keys[name] = _Key(kind=kind, many=many, is_listed=field in fields, default=default)
     del keys["follow"]  # the harvests are complete by then
+    del keys["cache_dir"], keys["cache_size"]  # of the machine: flags of the command
     return keys
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..storage import ActivationStore
+from ..storage.address import Place, described
 from ..storage.errors import InputError, SaePipeError, StoreError
 from ..storage.lock import sole_writer
 from ..storage.store import store_name
@@ -39,6 +40,7 @@ __all__ = ["Outcome", "Summary", "build_trainer", "default_out", "fit", "fit_man
 # They do not decide the weights, so a run may go on with other values.
 _FREE_FIELDS = (
     "device",
+    "capture",
     "log_every",
     "heldout_every",
     "heldout_rows",
@@ -240,7 +242,7 @@ def step_threads(config: FitConfig, group: Group = ALONE) -> int:
     """CPU threads of a step, of a run that is begun now: all, or a process's share of the cores."""
     if group.is_alone:  # torchrun leaves each process one thread, unless told otherwise
         return config.threads or torch.get_num_threads()
-    return config.threads or max(usable_cores() // group.place.local_size, 1)
+    return config.threads or max(usable_cores() // group.seat.local_size, 1)
 
 
 def _check_shared(configs: Sequence[FitConfig], paths: Sequence[Path]) -> None:
@@ -258,9 +260,9 @@ def _check_shared(configs: Sequence[FitConfig], paths: Sequence[Path]) -> None:
             raise InputError(f"Two SAEs would be written to {path}. Pass a folder for each.")
 
 
-def default_out(store: ActivationStore | Path, config: FitConfig) -> str:
+def default_out(store: ActivationStore | Place, config: FitConfig) -> str:
     """A readable run name: runs/STORE-ARCH-l0_K-seedSEED."""
-    name = store_name(store) if isinstance(store, Path) else store.name
+    name = store.name if isinstance(store, ActivationStore) else store_name(store)
     aim = f"sparsity_{config.sparsity:g}" if config.k is None else f"l0_{config.k}"
     return f"runs/{name}-{config.arch}-{aim}-seed{config.seed}"
 
@@ -302,7 +304,7 @@ def norm_factor(store: ActivationStore, config: FitConfig) -> float:
         return 1.0
     if not store.mean_squared_norm > 0:
         raise StoreError(
-            f"Store {store.path} cannot be normalised: its mean squared norm is "
+            f"Store {store.place} cannot be normalised: its mean squared norm is "
             f"{store.mean_squared_norm:g}. Harvest it again."
         )
     return float(store.mean_squared_norm**0.5)
@@ -324,7 +326,7 @@ def _details(store: ActivationStore, config: FitConfig) -> dict[str, Any]:
         "resolved": asdict(schedule) | {"norm_factor": norm_factor(store, config)},
         "free": {name: getattr(config, name) for name in _FREE_FIELDS},
         "store": {
-            "path": str(store.path.resolve()),
+            "path": described(store.place),
             "name": store.name,
             "digest": store.digest,
             "n_rows": store.n_rows,

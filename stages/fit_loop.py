@@ -229,7 +229,7 @@ class _Stream:
         self._store, self._config, self._scale = store, like.config, 1 / like.norm_factor
         group = like.trainer.group
         self._part = group.part(like.config.batch_size)
-        share = max(usable_cores() // group.place.local_size, 1)
+        share = max(usable_cores() // group.seat.local_size, 1)
         self._threads = None if group.is_alone else share
         self.device, self._dtype = like.trainer.device, like.trainer.sae.W_dec.dtype
         self._batches: TorchBatches | None = None
@@ -269,13 +269,19 @@ class _Stream:
 
 @contextmanager
 def _products(dtype: str) -> Iterator[None]:
-    """TF32 for float32 products where asked for, and as it was before afterwards."""
-    before = torch.get_float32_matmul_precision()
+    """TF32 for float32 products where asked for; sums of bfloat16 products in float32.
+
+    As it was before afterwards.
+    """
+    before, matmul = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul
+    reduced = matmul.allow_bf16_reduced_precision_reduction
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else before)
+    matmul.allow_bf16_reduced_precision_reduction = False
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
 @contextmanager

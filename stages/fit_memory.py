@@ -26,7 +26,17 @@ def needed_bytes(config: FitConfig, d_in: int) -> int:
 
 def _of_weights(config: FitConfig, d_in: int) -> int:
     """Each of the 2 D S weights as itself, gradient and two moments."""
-    return 4 * (8 if config.dtype == "float64" else 4) * 2 * d_in * config.d_sae
+    return 2 * (weight_bytes(config) + moment_bytes(config)) * 2 * d_in * config.d_sae
+
+
+def weight_bytes(config: FitConfig) -> int:
+    """Of one number of a weight or its gradient."""
+    return 8 if config.dtype == "float64" else 4
+
+
+def moment_bytes(config: FitConfig) -> int:
+    """Of one number of one of Adam's moments."""
+    return 2 if config.optimizer_state == "bfloat16" else weight_bytes(config)
 
 
 def _of_activations(config: FitConfig) -> int:
@@ -59,7 +69,7 @@ def check_memory(
     own = [replace(each, batch_size=each.batch_size // group.world_size) for each in configs]
     needed, there = sweep_bytes(own, d_in, at_once), _there_bytes(device)
     if device.type != "cuda":
-        needed *= group.place.local_size  # they share the machine's
+        needed *= group.seat.local_size  # they share the machine's
     if needed <= there:
         return
     d_sae = max(config.d_sae for config in configs)

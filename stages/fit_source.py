@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage import ActivationStore, open_store
+from ..storage.address import Address, Place, only_local
 from ..storage.manifest import COMPLETE, read_manifest
 from ..storage.unfinished import PrefixStore, follow_store, open_prefix
 from .rundir import RunFolder
@@ -13,7 +14,7 @@ from .sae.weights import is_run_config, load_config
 Say = Callable[[str], object]
 
 
-def open_to_fit(path: Path, run: Path, *, follow: bool, say: Say) -> ActivationStore:
+def open_to_fit(path: Place, run: Path, *, follow: bool, say: Say) -> ActivationStore:
     """Open a store for the run in a folder, which may have been begun.
 
     A run that was begun on the first rows of an unfinished store goes on with just those, even if
@@ -21,7 +22,9 @@ def open_to_fit(path: Path, run: Path, *, follow: bool, say: Say) -> ActivationS
     waiting. Raises StoreError as `open_store` does, or when no row is there yet.
     """
     if follow:
-        return follow_store(path, say)
+        return follow_store(only_local(path, "A store is followed where it is written"), say)
+    if isinstance(path, Address):
+        return open_store(path)
     pin = _pinned(run)
     if "prefix_rows" in pin:
         store: ActivationStore = open_prefix(path, pin["prefix_rows"], pin["prefix_heldout_rows"])

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..storage.address import Address, Place
 from ..storage.codecs import Codec, get_codec
 from ..storage.errors import InputError
 from ..storage.layout import Layout, choose_layout
@@ -32,6 +33,8 @@ class HarvestConfig:
     note_every_s: a block that takes longer than this to fill is kept on disk and noted this often.
     workers: processes of this machine that make blocks (None or 1: this process does);
     scheduler: address of a Dask cluster whose workers make them instead.
+    send_to: where the stores are to stand, in place of `out`, which is then the spool that they are
+    sent from (`harvest_remote.py`).
     """
 
     model: str
@@ -60,6 +63,7 @@ class HarvestConfig:
     note_every_s: float = 60.0
     workers: int | None = None
     scheduler: str | None = None
+    send_to: Address | None = None
 
     def __post_init__(self) -> None:
         get_codec(self.codec, self.store_dtype)
@@ -152,7 +156,7 @@ def request_of(config: HarvestConfig, target: Target) -> Request:
     asked = asdict(config)
     for name in ("out", "layers", "mask_p", "device", "batch_contexts", "note_every_s"):
         del asked[name]
-    del asked["workers"], asked["scheduler"]
+    del asked["workers"], asked["scheduler"], asked["send_to"]
     text = asked.pop("text")
     text["dataset_revision"] = text.pop("revision")  # the model has a revision too
     asked["codec"] = config.stored_as.spelling
@@ -168,7 +172,7 @@ def _whole_path(name: str) -> str:
 
 
 def check_same(
-    path: Path, begun: dict[str, Any], asked: dict[str, Any], what: str = "Store"
+    path: Place, begun: dict[str, Any], asked: dict[str, Any], what: str = "Store"
 ) -> None:
     """InputError with every difference when a store, or what else, was begun with another recipe."""
     differences = [

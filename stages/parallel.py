@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from ..storage import errors
 from ..storage.errors import InputError, SaePipeError
 from .backoff import is_out_of_memory
 from .devices import pick_device
-from .torchrun import Place, find_place
+from .torchrun import Seat, find_seat
 
 T = TypeVar("T")
 
@@ -59,12 +59,15 @@ class ProcessLost(OutOfStep):
 class Group:
     """A process by itself: every exchange gives back what it is given. See `Processes`."""
 
-    place = Place()
+    seat = Seat()
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # of an SAE that is copied: the processes are the same
 
     @property
     def world_size(self) -> int:
         """Processes."""
-        return self.place.world_size
+        return self.seat.world_size
 
     @property
     def is_alone(self) -> bool:
@@ -74,7 +77,7 @@ class Group:
     @property
     def is_first(self) -> bool:
         """Whether this process writes and tells."""
-        return self.place.rank == 0
+        return self.seat.rank == 0
 
     def device(self, name: str) -> torch.device:
         """The device that a name means for this process."""
@@ -86,7 +89,7 @@ class Group:
     def part(self, batch_size: int) -> slice:
         """Which rows of a whole batch are this process's; it divides by the number of processes."""
         size = batch_size // self.world_size
-        return slice(self.place.rank * size, (self.place.rank + 1) * size)
+        return slice(self.seat.rank * size, (self.seat.rank + 1) * size)
 
     # --- tensors, of equal shape and type on all processes ---
 
@@ -142,10 +145,10 @@ ALONE = Group()
 class Processes(Group):
     """One of several processes."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, seat: Seat) -> None:
         """Waits for all processes; raises InputError when they do not come."""
-        self.place = place
-        _meet(place)
+        self.seat = seat
+        _meet(seat)
         self._groups = {"cpu": dist.new_group(backend="gloo", timeout=_PATIENCE)}
         self.is_whole = True
 
@@ -153,17 +156,23 @@ class Processes(Group):
         device = pick_device(name)
         if device.type == "cpu":
             return device
-        how = f"--device {name}, which is {device.type} here,"
         if device.type != "cuda":
-            raise InputError(f"{how} is not for several processes. Pass --device cpu.")
-        n_devices = torch.cuda.device_count()
-        if device.index is not None or self.place.local_size > n_devices:
             raise InputError(
-                f"Each process takes a GPU of its own, but {self.place.local_size} on a machine "
-                f"were started with --device {name}, and there are {n_devices}. Pass --device cuda, "
-                "and start as many processes as there are GPUs."
+                f"--device {name} means {device.type} here, which is not for several processes. "
+                "Pass --device cpu."
             )
-        return torch.device("cuda", self.place.local_rank)
+        if device.index is not None:
+            raise InputError(
+                f"--device {name} is one GPU, and each of {self.world_size} processes takes its "
+                "own. Pass --device cuda."
+            )
+        if self.seat.local_size > torch.cuda.device_count():
+            raise InputError(
+                f"Each process takes a GPU of its own, but {self.seat.local_size} were started on "
+                f"a machine with {torch.cuda.device_count()}. Start as many as there are GPUs, or "
+                "pass --device cpu."
+            )
+        return torch.device("cuda", self.seat.local_rank)
 
     def use(self, device: torch.device) -> None:
         self.check_alike({"device": device.type}, "Pass --device cuda or --device cpu.")
@@ -185,7 +194,7 @@ class Processes(Group):
     def gather(self, value: Tensor) -> Tensor:
         # A sum with zeros: exact, and faster than gloo's own gathering.
         all_W = value.new_zeros((self.world_size, *value.shape))
-        all_W[self.place.rank] = value.detach()
+        all_W[self.seat.rank] = value.detach()
         return self._reduced(all_W, dist.ReduceOp.SUM)
 
     def mean_gradients_(self, bucket: Bucket) -> None:
@@ -305,15 +314,15 @@ def join() -> Group:
     """
     if _joined:
         return _joined[0]
-    place = find_place()
-    if place.world_size == 1:
+    seat = find_seat()
+    if seat.world_size == 1:
         return ALONE
-    group = Processes(place)
+    group = Processes(seat)
     _joined.append(group)
     return group
 
 
-def _meet(place: Place) -> None:
+def _meet(seat: Seat) -> None:
     if dist.is_initialized():  # by the script that calls us
         return
     try:
@@ -321,13 +330,13 @@ def _meet(place: Place) -> None:
         dist.init_process_group(
             "gloo",
             store=PrefixStore("sae-pipe", store),
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=seat.rank,
+            world_size=seat.world_size,
             timeout=_MEET,
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"Process {place.rank} of {place.world_size} could not meet the others ({error}). "
+            f"Process {seat.rank} of {seat.world_size} could not meet the others ({error}). "
             "Start all of them at the same time, with torchrun; unset WORLD_SIZE for a single one."
         ) from error
     atexit.register(_part)

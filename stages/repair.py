@@ -38,6 +38,7 @@ from ..storage.verify import (
     SHARD,
     TOKENS,
     Damage,
+    content_below,
     find_damage,
     stored_files,
     verify_store,
@@ -204,7 +205,7 @@ class _Repair:
                 self._copied += 1
                 write_whole(self.path / "corpus" / CORPUS_JSON, data)
         tokens = [f for f in stored_files(self.path, self.manifest) if f.kind == TOKENS]
-        lacking = find_damage(self.path, tokens)
+        lacking = find_damage(content_below(self.path), tokens)
         if not twins or (lacking and not tokens):
             raise self._tokens_are_lost(damages)
         for damage in lacking:
@@ -324,7 +325,7 @@ class _Repair:
         """What was made again has the digests that the manifest records now."""
         made = {damage.file.name for damage in damages}
         files = [f for f in stored_files(self.path, self.manifest) if f.name in made]
-        for damage in find_damage(self.path, files):
+        for damage in find_damage(content_below(self.path), files):
             raise StoreError(
                 f"{self.path / damage.file.name} was made again, but {damage.what}: the disk does "
                 "not keep what is written to it. Copy the store to another one."

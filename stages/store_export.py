@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..storage import open_store, provenance
+from ..storage.address import Place
 from ..storage.bar import OpenBar, no_bar
 from ..storage.disk import check_room, human_bytes
 from ..storage.errors import InputError
@@ -41,7 +42,7 @@ class ExportConfig:
     """One export. dtype: None for the store's where nothing is lost by it, else float32; rows: A:B,
     None for all."""
 
-    store: Path
+    store: Place
     out: Path
     format: str
     split: str = "train"
@@ -79,7 +80,7 @@ def export_rows(config: ExportConfig, *, say: Say = print, open_bar: OpenBar = n
     out = config.out
     if out.exists():
         raise InputError(f"{out} exists. Pass another place for the export, or remove it.")
-    if config.store.resolve() in out.resolve().parents:
+    if isinstance(config.store, Path) and config.store.resolve() in out.resolve().parents:
         raise InputError(
             f"{out} would stand inside {config.store}, which is left alone. Pass another place for "
             "the export."
@@ -150,7 +151,7 @@ class _Export:
     """The rows of a range, decoded ahead and written in order."""
 
     def __init__(
-        self, reader: SplitReader, first: int, last: int, values: ValueType, path: Path
+        self, reader: SplitReader, first: int, last: int, values: ValueType, path: Place
     ) -> None:
         """path: of the store, for messages."""
         self._reader, self._first, self._last = reader, first, last

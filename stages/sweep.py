@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from ..storage import ActivationStore, provenance
+from ..storage.address import Place, described
 from ..storage.errors import InputError, SaePipeError
 from ..storage.files import write_json, write_whole
 from ..storage.manifest import read_manifest
@@ -33,7 +34,7 @@ Say = Callable[[str], None]
 class StoreTask:
     """The SAEs to fit from one store, each into its own folder; plain data."""
 
-    store: Path
+    store: Place
     configs: tuple[FitConfig, ...]
     outs: tuple[Path, ...]
     follow: bool = False
@@ -43,12 +44,12 @@ class StoreTask:
 class SweepResult:
     """One SAE of one store."""
 
-    store: Path
+    store: Place
     outcome: Outcome
 
 
 def sweep_tasks(
-    configs: Mapping[Path, Sequence[FitConfig]], root: Path, *, follow: bool = False
+    configs: Mapping[Place, Sequence[FitConfig]], root: Path, *, follow: bool = False
 ) -> list[StoreTask]:
     """What to fit from each store, and where to. Raises InputError where names would be the same.
 
@@ -79,7 +80,7 @@ def sweep_tasks(
     return tasks
 
 
-def _run_name(store: Path, config: FitConfig, differing: Sequence[str]) -> str:
+def _run_name(store: Place, config: FitConfig, differing: Sequence[str]) -> str:
     others = "".join(f"-{name}_{getattr(config, name)}" for name in differing)
     return Path(default_out(store, config)).name + others
 
@@ -158,7 +159,7 @@ def write_report(root: Path, results: Sequence[SweepResult]) -> None:
     runs = [
         {
             "run": result.outcome.run.name,
-            "store": str(result.store.resolve()),
+            "store": described(result.store),
             "summary": None if result.outcome.summary is None else asdict(result.outcome.summary),
             "error": None if result.outcome.error is None else str(result.outcome.error),
         }

@@ -11,7 +11,7 @@ _NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Seat:
     """Where a process stands: one of `world_size`, and one of `local_size` on its machine."""
 
     world_size: int = 1
@@ -20,13 +20,13 @@ class Place:
     local_rank: int = 0
 
 
-def find_place(environment: Mapping[str, str] = os.environ) -> Place:
-    """The place of this process; that of a process by itself where nothing names a world.
+def find_seat(environment: Mapping[str, str] = os.environ) -> Seat:
+    """The seat of this process; that of a process by itself where nothing names a world.
 
     Raises InputError for variables that cannot be torchrun's.
     """
     if environment.get(_WORLD_SIZE, "1").strip() == "1":
-        return Place()
+        return Seat()
     missing = [name for name in _NEEDED if not environment.get(name)]
     if missing:
         raise InputError(
@@ -38,7 +38,7 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     rank = _count(environment, "RANK", 0, world_size)
     local_size = _count(environment, "LOCAL_WORLD_SIZE", 1, world_size + 1, world_size)
     local_rank = _count(environment, "LOCAL_RANK", 0, local_size, rank)
-    return Place(world_size=world_size, rank=rank, local_size=local_size, local_rank=local_rank)
+    return Seat(world_size=world_size, rank=rank, local_size=local_size, local_rank=local_rank)
 
 
 def _count(

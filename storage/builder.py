@@ -181,7 +181,7 @@ class StoreBuilder:
         self.manifest["provenance"]["runs"].append(run)
         write_manifest(self.path, self.manifest)
 
-    def _other_files(self) -> dict[str, dict[str, Any]]:
+    def other_files(self) -> dict[str, dict[str, Any]]:
         """Size and SHA-256 of what is neither a shard nor listed by corpus.json."""
         files = [*self.path.glob("*.json"), *self.path.glob("statistics/*/c/0")]
         files += [
@@ -192,7 +192,7 @@ class StoreBuilder:
         if self.manifest["corpus"]["digest"] is not None:
             files.append(self.path / "corpus" / CORPUS_JSON)
         named = {file.relative_to(self.path).as_posix(): file for file in files}
-        named.pop(MANIFEST)
+        named.pop(MANIFEST, None)  # a part of a store has none yet
         return {name: _entry(file) for name, file in sorted(named.items())}
 
     def finish(
@@ -214,7 +214,7 @@ class StoreBuilder:
         self.manifest["train"]["shards"] = collected.shards
         self.manifest["heldout"]["shards"] = heldout.collect().shards
         self.manifest["statistics"] = statistics_entry(moments)
-        self.manifest["files"] = self._other_files()
+        self.manifest["files"] = self.other_files()
         self.manifest["digest"] = content_digest(self.manifest)
         self.manifest["provenance"]["finished"] = provenance.now()
         if measure is not None:

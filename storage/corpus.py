@@ -14,6 +14,7 @@ over all that. A chunk that is missing is an error here, where a plain Zarr read
 # C contexts, T positions in a context.
 
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from .errors import InputError, StoreError
+from .errors import InputError, SaePipeError, StoreError
 from .files import file_digest, json_digest
 
 CORPUS_JSON = "corpus.json"
 CORPUS_FORMAT = 1
 INFO_LIMIT_BYTES = 1 << 28
 SPLITS = ("train", "heldout")
+
+Fetch = Callable[[list[str]], object]
 
 
 def row_positions(
@@ -60,7 +63,10 @@ def corpus_digest(info: dict[str, Any]) -> str:
 class TokenTable:
     """The contexts of one split. Ranges are [start, stop) in the stored order."""
 
-    def __init__(self, folder: Path, split: str, info: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, split: str, info: dict[str, Any], fetch: Fetch | None = None
+    ) -> None:
+        """fetch: called with the names of files, below the corpus, before they are read."""
         config = info["recipe"]["config"]
         self.folder, self.split = folder, split
         self._bos_id: int | None = info["recipe"]["tokenizer"]["bos_id"]
@@ -69,6 +75,7 @@ class TokenTable:
         self.n_rows = int(info["splits"][split]["rows"])
         self.context_size = int(config["context_size"])
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._fetch, self._there = fetch, info["files"]
 
     def tokens(self, start: int, stop: int) -> NDArray[np.uint32]:
         """Token ids, uint32 (stop - start, context_size)."""
@@ -108,12 +115,26 @@ class TokenTable:
         path = self.folder / self.split / name
         try:
             if name not in self._arrays:
+                self._have([f"{self.split}/{name}/zarr.json"])
                 self._arrays[name] = zarr.open_array(path, mode="r")
+            self._have(self._chunks(name, start, stop))
             values = np.asarray(self._arrays[name][start:stop], dtype=np.uint32)
+        except SaePipeError:
+            raise  # some are ValueErrors or OSErrors too: of a file that could not be fetched
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             # zarr and its codecs raise all of these for damaged bytes.
             raise _damaged(self.folder, f"{path} cannot be read ({error})") from error
         return values
+
+    def _chunks(self, name: str, start: int, stop: int) -> list[str]:
+        """The files that hold a range."""
+        array = self._arrays[name]
+        numbers = range(start // array.chunks[0], -(-stop // array.chunks[0]))
+        return [f"{self.split}/{name}/c/{i}" + "/0" * (array.ndim - 1) for i in numbers]
+
+    def _have(self, names: list[str]) -> None:
+        if self._fetch is not None:
+            self._fetch([name for name in names if name in self._there])
 
 
 class Corpus:
@@ -122,9 +143,13 @@ class Corpus:
     info: the parsed corpus.json; digest: identity of the content; train, heldout: the contexts.
     """
 
-    def __init__(self, path: Path | str, *, check_files: bool = True) -> None:
-        """check_files: look whether every file is there with its size."""
-        self.path = Path(path)
+    def __init__(
+        self, path: Path | str, *, check_files: bool = True, fetch: Fetch | None = None
+    ) -> None:
+        """check_files: look whether every file is there with its size; fetch: of a corpus elsewhere,
+        called with the names of files before they are read.
+        """
+        self.path, self._fetch = Path(path), fetch
         self.info = _read_info(self.path)
         self.digest: str = self.info["digest"]
         if check_files:
@@ -133,12 +158,12 @@ class Corpus:
     @cached_property
     def train(self) -> TokenTable:
         """The contexts that training rows come from."""
-        return TokenTable(self.path, "train", self.info)
+        return TokenTable(self.path, "train", self.info, self._fetch)
 
     @cached_property
     def heldout(self) -> TokenTable:
         """The contexts of documents that no training row comes from."""
-        return TokenTable(self.path, "heldout", self.info)
+        return TokenTable(self.path, "heldout", self.info, self._fetch)
 
     def _check_files(self) -> None:
         """Every recorded file is there with its size: one stat a file, so that opening is cheap."""
@@ -153,6 +178,8 @@ class Corpus:
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256; StoreError names the first that differs."""
+        if self._fetch is not None:
+            self._fetch(list(self.info["files"]))
         self._check_files()
         for name, recorded in self.info["files"].items():
             if file_digest(self.path / name) != recorded["sha256"]:

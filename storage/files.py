@@ -30,9 +30,7 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
     Raises DiskError when the disk is full or the folder cannot be written; the temporary file is
     removed and an older file of that name stays as it was.
     """
-    # A number that no other writer draws: processes of two hosts may have the same id, and one that
-    # was given up for dead may still write the file that another now writes in its place.
-    temporary = path.with_name(f".{path.name}.{secrets.randbits(64)}.tmp")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -45,6 +43,15 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise disk_error(error, path) from error
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it gets its name; `remove_leftovers` knows it.
+
+    With a number that no other writer draws: processes of two hosts may have the same id, and one
+    that was given up for dead may still write the file that another now writes in its place.
+    """
+    return path.with_name(f".{path.name}.{secrets.randbits(64)}.tmp")
 
 
 def is_leftover(name: str) -> bool:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from .address import Address, Place
 from .disk import human_bytes
 from .errors import StoreError
 from .layout import VALUE_BYTES, Layout
@@ -10,7 +11,7 @@ from .manifest import COMMITS, COMPLETE, TOKENISING, Manifest, layout_of
 from .shuffle import verdict
 
 
-def describe(path: Path, manifest: Manifest) -> list[tuple[str, str]]:
+def describe(path: Place, manifest: Manifest) -> list[tuple[str, str]]:
     """Names and values, the most asked-for first. Works for unfinished stores too.
 
     Raises StoreError when the manifest lacks what every store's has.
@@ -35,9 +36,11 @@ def describe(path: Path, manifest: Manifest) -> list[tuple[str, str]]:
         ) from error
 
 
-def _state(path: Path, manifest: Manifest) -> str:
+def _state(path: Place, manifest: Manifest) -> str:
     state = str(manifest["state"])
-    return state if state == COMPLETE else f"{state}: {sealed_shards(path, manifest)}"
+    if state == COMPLETE or isinstance(path, Address):
+        return state
+    return f"{state}: {sealed_shards(path, manifest)}"
 
 
 def progress_of(path: Path, manifest: Manifest) -> str:
@@ -115,7 +118,7 @@ def _part(part: dict[str, Any]) -> str:
     return str(part.get("name"))
 
 
-def _sizes(path: Path, manifest: Manifest) -> list[tuple[str, str]]:
+def _sizes(path: Place, manifest: Manifest) -> list[tuple[str, str]]:
     if "train" not in manifest:
         return []
     train, heldout = layout_of(manifest["train"], path), layout_of(manifest["heldout"], path)

@@ -85,6 +85,7 @@ class BatchLoader:
         largest = min(self._order.largest_window, reader.n_chunks * reader.layout.chunk_rows)
         self._spare: list[Rows] = [self._memory(largest) for _ in range(2)]
         self._across = self._memory(batch_size)
+        self._group: tuple[int, int] | None = None
         self._planned = self._plan()
         self._ahead = self._fill()
         self._served = self._serve()
@@ -154,6 +155,7 @@ class BatchLoader:
     def _fill(self) -> _Filling:
         window, places = self._planned.result()
         self._planned = self._plan()
+        self._prepare(window)
         buffer = self._spare.pop()
         starts = np.concatenate(
             ([0], np.cumsum([self._reader.rows_of_chunk(int(c)) for c in window.chunks]))
@@ -169,6 +171,16 @@ class BatchLoader:
                 scatter_rows(buffer, places[starts[turn] : starts[turn + 1]], rows[:count])
 
         return _Filling(window, buffer, [self._pool.submit(decode) for _ in range(self._threads)])
+
+    def _prepare(self, window: Window) -> None:
+        """Tell the reader when other shards are needed; those before have all been decoded."""
+        group = window.epoch, window.group
+        if group != self._group:
+            self._group = group
+            following = self._order.group_after(*group)
+            self._reader.prepare(
+                self._order.shards_of_group(*group), self._order.shards_of_group(*following)
+            )
 
     def close(self) -> None:
         """Stop the threads. The loader cannot be used after that."""

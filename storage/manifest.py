@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .address import Address, Place
 from .errors import StoreError
 from .files import json_digest, write_json
 from .layout import Layout
@@ -24,11 +25,15 @@ TOKENISING, HARVESTING, COMPLETE = "tokenising", "harvesting", "complete"
 Manifest = dict[str, Any]
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Parse and check the manifest of a store folder.
+def read_manifest(path: Place) -> Manifest:
+    """Parse and check the manifest of a store folder, or of a store at an address.
 
     Raises StoreError: no such folder, not a store, damaged, or of a newer format.
     """
+    if isinstance(path, Address):
+        from .store_source import fetch_manifest
+
+        return fetch_manifest(path)
     if not path.is_dir():
         raise StoreError(
             f"There is no store at {path}. "
@@ -40,7 +45,11 @@ def read_manifest(path: Path) -> Manifest:
             f"{path} is not an activation store: it has no {MANIFEST}. "
             "Pass the folder that `sae-pipe harvest --out` wrote."
         )
-    manifest = load_bounded_json(file)
+    return checked_manifest(load_bounded_json(file), path)
+
+
+def checked_manifest(manifest: Any, path: Place) -> Manifest:
+    """The JSON of a manifest, if it is one that can be read; StoreError otherwise."""
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StoreError(
             f"{path} is not an activation store: {MANIFEST} does not name the format {FORMAT!r}. "
@@ -52,7 +61,7 @@ def read_manifest(path: Path) -> Manifest:
             f"Store {path} has format version {version}, and this sae-pipe reads up to "
             f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade sae-pipe."
         )
-    return manifest
+    return dict(manifest)
 
 
 def load_bounded_json(file: Path) -> Any:
@@ -63,8 +72,13 @@ def load_bounded_json(file: Path) -> Any:
             f"{file} has {size:,} bytes, more than any manifest needs "
             f"({MANIFEST_LIMIT_BYTES:,}). The store is damaged: fetch or harvest it again."
         )
+    return parse_json(file.read_bytes(), str(file))
+
+
+def parse_json(data: bytes, file: str) -> Any:
+    """JSON of a file's content; StoreError, naming the file, when it is damaged."""
     try:
-        return json.loads(file.read_bytes())
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise StoreError(
             f"{file} is damaged: it is not JSON ({error}). Fetch or harvest the store again."
@@ -76,7 +90,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     write_json(path / MANIFEST, manifest)
 
 
-def layout_of(split: dict[str, Any], path: Path) -> Layout:
+def layout_of(split: dict[str, Any], path: Place) -> Layout:
     """The layout of one split of a manifest; StoreError when the sizes make no sense."""
     try:
         return Layout(**split["layout"])
@@ -114,7 +128,7 @@ def read_commit(file: Path) -> dict[str, Any] | None:
 def began_by(manifest: Manifest) -> str:
     """The command that makes a store of this kind."""
     origin = manifest.get("provenance", {})
-    commands = {"imported": "store import", "recoded": "store recode"}
+    commands = {"imported": "store import", "recoded": "store recode", "sampled": "store pull"}
     return next((command for name, command in commands.items() if name in origin), "harvest")
 
 

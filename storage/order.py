@@ -29,10 +29,12 @@ class Window:
     """A run of the epoch's order that is decoded at once.
 
     chunks: chunk numbers in the order they are laid out before the permutation; first_row: place of
-    the window's first row in the rank's epoch; n_rows: rows in it; key: of its row permutation.
+    the window's first row in the rank's epoch; n_rows: rows in it; key: of its row permutation;
+    group: number in the epoch of the group that the chunks are of.
     """
 
     epoch: int
+    group: int
     chunks: NDArray[np.int64]
     first_row: int
     n_rows: int
@@ -114,6 +116,12 @@ class Order:
         step = self.open_shards * self.world_size
         return self._shards(epoch)[group * step : (group + 1) * step]
 
+    def group_after(self, epoch: int, group: int) -> tuple[int, int]:
+        """Epoch and number of the group that follows one."""
+        step = self.open_shards * self.world_size
+        is_last = (group + 1) * step >= self.layout.n_shards
+        return (epoch + 1, 0) if is_last else (epoch, group + 1)
+
     def _shards(self, epoch: int) -> NDArray[np.int64]:
         n_shards = self.layout.n_shards
         if self.in_stored_order:
@@ -168,5 +176,5 @@ class Order:
             if n_rows == 0:
                 continue
             key = stream_key(self.seed, "window", epoch, group, number, self.rank, self.world_size)
-            yield Window(epoch, chunks[part], first_row, n_rows, key)
+            yield Window(epoch, group, chunks[part], first_row, n_rows, key)
             first_row += n_rows

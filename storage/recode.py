@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from . import provenance
+from .address import Place, described
 from .bar import OpenBar, no_bar
 from .builder import StoreBuilder, is_begun
 from .codecs import Codec, get_codec
@@ -42,7 +43,7 @@ _SPARE = 1.02  # the estimate comes from the first rows
 
 
 def recode(
-    source: Path,
+    source: Place,
     target: Path,
     codec: str,
     store_dtype: str | None = None,
@@ -56,12 +57,12 @@ def recode(
     would be pointless or in the way of something, StoreError when the source is damaged or a shard
     does not read back, DiskError before anything is written when the disk is too small.
     """
-    if source.resolve() == target.resolve():
+    if isinstance(source, Path) and source.resolve() == target.resolve():
         raise InputError(
             f"{source} cannot be recoded into itself. Pass another place for the copy; the store "
             "can be deleted once that is complete."
         )
-    if source.resolve() in target.resolve().parents:
+    if isinstance(source, Path) and source.resolve() in target.resolve().parents:
         raise InputError(
             f"{target} would stand inside {source}, which is left alone. Pass another place for "
             "the copy."
@@ -84,7 +85,7 @@ def _wanted_codec(store: ActivationStore, spelling: str, store_dtype: str | None
     new = get_codec(spelling, store_dtype or old.values.name)
     if new.spelling == old.spelling and (new.is_lossy or new.values == old.values):
         raise InputError(
-            f"Store {store.path} is already stored with codec {old.spelling} in {old.values.name}. "
+            f"Store {store.place} is already stored with codec {old.spelling} in {old.values.name}. "
             "Pass another --codec or --store-dtype."
         )
     return new
@@ -143,7 +144,7 @@ class _Recode:
     def _origin(self) -> dict[str, Any]:
         return {
             "recoded": {
-                "store": self.store.path.resolve().name,
+                "store": Path(described(self.store.place)).name,
                 "digest": self.store.digest,
                 "encoding": _encoding(self.store.manifest),
             }
@@ -164,7 +165,7 @@ class _Recode:
         found = manifest.get("provenance", {}).get("recoded", {}).get("digest")
         if found != self.store.digest:
             raise InputError(
-                f"{self.target} is not a copy of {self.store.path}: it is "
+                f"{self.target} is not a copy of {self.store.place}: it is "
                 + (f"one of the store with digest {found}. " if found else "another store. ")
                 + "Pass another place for the copy, or move it away."
             )
@@ -223,7 +224,7 @@ class _Recode:
                 "an unknown relative error" if error is None else f"a relative error of {error:.3g}"
             )
             return (
-                f"note      {self.store.path} has lost {lost} to codec {old.spelling}, which stays "
+                f"note      {self.store.place} has lost {lost} to codec {old.spelling}, which stays "
                 "lost; the copy's own error comes on top"
             )
         return (
@@ -247,7 +248,7 @@ class _Recode:
         values = self.codec.values
         given_RD = reader.read(rows)
         sample_RD = np.empty(given_RD.shape, np.float32)
-        values.to_floats(rounded(given_RD, values, self.store.path, rows), sample_RD)
+        values.to_floats(rounded(given_RD, values, self.store.place, rows), sample_RD)
         return sample_RD
 
     def _check_disk(self, sample_RD: Floats, say: Callable[[str], object]) -> None:
@@ -262,16 +263,16 @@ class _Recode:
 
     def _add_tokens(self) -> None:
         """The token corpus and tokenizer.json, checked and shared."""
-        source, target = self.store.path, self.target
+        source, target = self.store.file("tokenizer.json"), self.target / "tokenizer.json"
         recorded = self.store.manifest.get("files", {})
-        if (source / "tokenizer.json").is_file() and not (target / "tokenizer.json").is_file():
+        if source.is_file() and not target.is_file():
             entry = recorded.get("tokenizer.json")
             if entry is not None:
-                check_digest(source / "tokenizer.json", entry["sha256"], source)
-            link_or_copy(source / "tokenizer.json", target / "tokenizer.json")
-        if self.store.has_corpus and not (target / "corpus").is_dir():
+                check_digest(source, entry["sha256"], self.store.place)
+            link_or_copy(source, target)
+        if self.store.has_corpus and not (self.target / "corpus").is_dir():
             self.store.corpus.verify()
-            link_tree(source / "corpus", target / "corpus")
+            link_tree(self.store.path / "corpus", self.target / "corpus")
 
     def run(self, builder: StoreBuilder, open_bar: OpenBar) -> None:
         """Write the shards that are missing, and declare the copy complete."""
@@ -279,7 +280,7 @@ class _Recode:
             writers = builder.writers(pool)
             readers = self.store._train, self.store.heldout._reader
             parts = [
-                SplitCopier(reader, writer, self.store.path, pool)
+                SplitCopier(reader, writer, self.store.place, pool)
                 for reader, writer in zip(readers, writers, strict=True)
             ]
             total = sum(reader.n_rows for reader in readers)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .address import Place
 from .bar import Bar
 from .codecs import Codec
 from .errors import InputError, StoreError
@@ -25,7 +26,7 @@ class SplitCopier:
     """The shards of one split: read, checked, written, read back."""
 
     def __init__(
-        self, reader: SplitReader, writer: SplitWriter, path: Path, pool: ThreadPoolExecutor
+        self, reader: SplitReader, writer: SplitWriter, path: Place, pool: ThreadPoolExecutor
     ) -> None:
         """path: the source store; pool: threads that decode and encode."""
         self._reader, self._writer, self._path, self._pool = reader, writer, path, pool
@@ -59,6 +60,7 @@ class SplitCopier:
         """Rows of one shard in the copy's number format, sources and mask flags."""
         reader, values = self._reader, self._writer.codec.values
         first, last = reader.layout.rows_of_shard(shard)
+        reader.bring(shard)
         hashing = [
             self._pool.submit(check_digest, file, digest, self._path)
             for file, digest in self._digests[shard]
@@ -85,7 +87,9 @@ class SplitCopier:
             job.result()
         rows = slice(first, last)
         masked_R = None if self._writer.split else reader.read_masked(rows)
-        return rows_RD, reader.read_source(rows), masked_R
+        source_R = reader.read_source(rows)
+        reader.let_go()
+        return rows_RD, source_R, masked_R
 
     def _write(
         self,
@@ -143,7 +147,7 @@ def _is_kept(codec: Codec, given_RD: Rows, served_RD: Rows) -> bool:
 
 
 def rounded(
-    floats_RD: Floats, values: ValueType, path: Path, rows: int | NDArray[np.int64]
+    floats_RD: Floats, values: ValueType, path: Place, rows: int | NDArray[np.int64]
 ) -> Rows:
     """Values in another number format; InputError where it cannot hold one.
 
@@ -161,7 +165,7 @@ def rounded(
     return rounded
 
 
-def check_digest(file: Path, digest: str, store: Path) -> None:
+def check_digest(file: Path, digest: str, store: Place) -> None:
     """StoreError unless a file has the SHA-256 that its store records."""
     try:
         found = file_digest(file)

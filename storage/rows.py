@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .codecs import Codec
 from .codecs.blosc import PLAIN
-from .errors import InputError, StoreError
+from .errors import InputError, SaePipeError, StoreError
 from .layout import Layout
 from .shard import checked_frame, index_bytes, parse_index
 from .values import Floats, Rows
@@ -135,6 +135,8 @@ class SplitReader:
                 self.codec.decode(checked_frame(memoryview(data)), stored)
                 columns = slice(frame * self._columns, (frame + 1) * self._columns)
                 self.codec.serve(stored[: len(out_RD)], out_RD[:, columns])
+        except SaePipeError:
+            raise  # some are OSErrors too: of a file that could not be fetched
         except (ValueError, OSError) as error:
             raise self._damaged(shard, error) from error
 
@@ -166,14 +168,22 @@ class SplitReader:
 
     def _file(self, shard: int) -> int:
         with self._lock:
-            file = self._files.pop(shard, None)
-            if file is None:
-                file = os.open(self.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
-                if len(self._files) >= _OPEN_FILES:
-                    # Only ever the least recently used of many: no thread can still be reading it.
-                    os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = file
+            file = self._files.get(shard)
+            if file is not None:
+                self._files.move_to_end(shard)
+                return file
+        opened = self._open(shard)
+        with self._lock:
+            file = self._files.setdefault(shard, opened)
+            if file != opened:  # another thread was faster
+                os.close(opened)
+            elif len(self._files) > _OPEN_FILES:
+                # Only ever the least recently used of many: no thread can still be reading it.
+                os.close(self._files.popitem(last=False)[1])
             return file
+
+    def _open(self, shard: int) -> int:
+        return os.open(self.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
 
     # --- files ---
 
@@ -232,9 +242,22 @@ class SplitReader:
             PLAIN.check_size(frame, self.layout.shard_rows * dtype.itemsize)
             values = np.empty(self.layout.shard_rows, dtype)
             PLAIN.decode(frame, values)
+        except SaePipeError:
+            raise
         except (ValueError, OSError) as error:
             raise self._damaged(shard, error, array) from error
         return values
+
+    def prepare(self, now: NDArray[np.int64], later: NDArray[np.int64]) -> None:
+        """Told by who reads in an order of its own: the shards whose chunks are read from here on,
+        and those after them. Here they are all there.
+        """
+
+    def bring(self, shard: int) -> None:
+        """Have all files of a shard on this machine until `let_go`. Here they are."""
+
+    def let_go(self) -> None:
+        """What `bring` has brought is not needed any more."""
 
     def stop_waiting(self) -> None:
         """End what waits for shards that are still to be written; here nothing does."""

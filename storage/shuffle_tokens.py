@@ -39,7 +39,7 @@ class Contexts:
             size = 0
         if size < 1:
             raise InputError(
-                f"Store {store.path} does not record its context size, so its rows' contexts are "
+                f"Store {store.place} does not record its context size, so its rows' contexts are "
                 "unknown and its shuffle cannot be measured."
             )
         if corpus.get("source"):
@@ -50,7 +50,7 @@ class Contexts:
         n = _largest_source(store) // size + 1
         if n * size > POSITIONS_A_ROW * max(store.n_rows, 1 << 20):
             raise StoreError(
-                f"The source indices of {store.path} reach {n * size:,}, and it has "
+                f"The source indices of {store.place} reach {n * size:,}, and it has "
                 f"{store.n_rows:,} rows: they are no positions of contexts of {size}. "
                 "Fetch or import the store again."
             )
@@ -98,6 +98,8 @@ class Tokens:
         self._contexts, self._seen, self._advance = contexts, seen, advance
         # The draw of the masks is not known here: which positions were left out for it is not.
         drops = bool(store.recipe.get("drop_masked"))
+        # Nor which rows of the whole store a part of it was left without.
+        drops |= "sampled" in store.manifest.get("provenance", {})
         self._rows_left = contexts.n * contexts.size if drops else store.n_rows
         if contexts.table is None:
             return

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .address import Address, Place, place
 from .codecs import codec_of
 from .corpus import Corpus
 from .errors import InputError, StoreError
@@ -68,14 +69,15 @@ class ActivationStore:
     """A complete store. Open one with `open_store`.
 
     n_rows: training rows; d_in: values a row; manifest: the parsed manifest.json; digest: identity
-    of the content; heldout: the held-out split; name: the folder's name without its suffix.
+    of the content; heldout: the held-out split; name: the folder's name without its suffix; path:
+    where its files are, or come to be; place: what the user calls it, a path or an address.
     """
 
     _in_stored_order = False
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
-        self.name = store_name(path)
+        self.name = store_name(self.place)
         try:
             self._codec = codec_of(manifest)
             self._train = self._reader("train", "")
@@ -84,10 +86,14 @@ class ActivationStore:
             self.digest = self._identify()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
-                f"The manifest of {path} is damaged or names what this sae-pipe does not know "
+                f"The manifest of {self.place} is damaged or names what this sae-pipe does not know "
                 f"({error}). Fetch or harvest the store again."
             ) from error
         self.n_rows, self.d_in = self._train.n_rows, self._train.d_in
+
+    @property
+    def place(self) -> Place:
+        return self.path
 
     def _identify(self) -> str:
         """The digest; KeyError, TypeError or ValueError for a manifest that cannot be."""
@@ -113,18 +119,21 @@ class ActivationStore:
 
     def _reader(self, split: str, folder: str) -> SplitReader:
         entry = self.manifest[split]
-        layout = layout_of(entry, self.path)
+        layout = layout_of(entry, self.place)
         arrays = {"activations", "source"} | ({"masked"} if split == "train" else set())
         for shard, record in enumerate(entry["shards"][: layout.n_shards]):
             check_record(record, arrays, layout, shard)
-        reader = SplitReader(self.path, folder, layout, entry["shards"], self._codec)
+        reader = self._open_reader(folder, layout, entry["shards"])
         if len(entry["shards"]) != layout.n_shards:
             raise StoreError(
-                f"The manifest of {self.path} lists {len(entry['shards'])} {split} shards, and its "
+                f"The manifest of {self.place} lists {len(entry['shards'])} {split} shards, and its "
                 f"sizes ask for {layout.n_shards}. Fetch or harvest the store again."
             )
         reader.check_files()
         return reader
+
+    def _open_reader(self, folder: str, layout: Layout, shards: list[Any]) -> SplitReader:
+        return SplitReader(self.path, folder, layout, shards, self._codec)
 
     def read(self, rows: RowIndex) -> Floats:
         """Training rows as float32 (len(rows), d_in), in the order asked for.
@@ -187,9 +196,12 @@ class ActivationStore:
         """The tokens that the rows come from; InputError where they are not known."""
         if not self.has_corpus:
             raise InputError(
-                f"Store {self.path} was imported without its tokens, so they cannot be looked up. "
+                f"Store {self.place} was imported without its tokens, so they cannot be looked up. "
                 "Harvest a store to see the text behind its rows."
             )
+        return self._open_corpus()
+
+    def _open_corpus(self) -> Corpus:
         return Corpus(self.path / "corpus")
 
     @property
@@ -201,7 +213,7 @@ class ActivationStore:
             size = self.corpus.train.context_size
         if size < 1:
             raise StoreError(
-                f"The manifest of {self.path} is damaged: its contexts have {size} positions. "
+                f"The manifest of {self.place} is damaged: its contexts have {size} positions. "
                 "Fetch or harvest the store again."
             )
         return size
@@ -227,7 +239,7 @@ class ActivationStore:
         return self._vector("statistics/relative_error")
 
     def _vector(self, name: str) -> NDArray[np.float64]:
-        file = self.path / name / "c" / "0"
+        file = self.file(f"{name}/c/0")
         try:
             if file.stat().st_size != 8 * self.d_in + CRC_BYTES:
                 raise ValueError("its size is wrong")
@@ -239,15 +251,9 @@ class ActivationStore:
             ) from error
         return np.frombuffer(frame, dtype="<f8").astype(np.float64)
 
-    def files(self) -> list[tuple[Path, str]]:
-        """Every file with its recorded SHA-256, but for those that the corpus verifies itself."""
-        readers = (self._train, self.heldout._reader)
-        shards = [(path, digest) for reader in readers for _, path, digest in reader.files()]
-        others = [
-            (self.path / name, str(entry["sha256"]))
-            for name, entry in self.manifest.get("files", {}).items()
-        ]
-        return [*others, *shards]
+    def file(self, name: str) -> Path:
+        """A file of the store by its name below it, such as tokenizer.json; it need not be there."""
+        return self.path / name
 
     def close(self) -> None:
         """Close the files that reading has opened."""
@@ -255,21 +261,27 @@ class ActivationStore:
         self.heldout._reader.close()
 
 
-def store_name(path: Path) -> str:
-    """A folder's name without its suffix."""
+def store_name(path: Place) -> str:
+    """A folder's name, or the last part of an address, without its suffix."""
     return path.name.removesuffix(".zarr") or "store"
 
 
-def open_store(path: str | Path, *, unfinished: bool = False) -> ActivationStore:
+def open_store(path: str | Path | Address, *, unfinished: bool = False) -> ActivationStore:
     """Open a complete activation store for reading.
 
+    path: a folder, or an address such as s3://bucket/acts.zarr (docs/sharing.md), whose shards are
+    fetched when they are read.
     unfinished: of a store that is being written, open the shards that are sealed now, up to the
     first that is not. Blocks are uniform samples of the text, so that is a fair, smaller store.
 
     Raises StoreError: there is no store, it is unfinished, a shard is missing or of another size,
-    or its format is newer than this package.
+    or its format is newer than this package; NetworkError for an address that cannot be reached.
     """
-    path = Path(path)
+    path = place(path)
+    if isinstance(path, Address):
+        from .remote_store import open_remote
+
+        return open_remote(path)
     manifest = read_manifest(path)
     if manifest.get("state") == COMPLETE:
         return ActivationStore(path, manifest)

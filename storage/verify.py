@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from .address import Address, Place
 from .codecs import codec_of, get_codec
 from .corpus import CORPUS_JSON, Corpus
-from .errors import StoreError
+from .errors import SaePipeError, StoreError
 from .files import is_sha256
 from .manifest import (
+    COMMITS,
     COMPLETE,
     HARVESTING,
     MANIFEST,
@@ -29,6 +31,7 @@ from .manifest import (
     began_by,
     content_digest,
     layout_of,
+    read_commit,
     sealed_records,
 )
 from .shard import CRC_BYTES
@@ -53,6 +56,9 @@ class StoredFile:
     split: str = ""
     shard: int = -1
     array: str = ""
+
+
+Content = Callable[[StoredFile], Iterator[bytes | memoryview]]
 
 
 @dataclass(frozen=True)
@@ -97,12 +103,30 @@ def _shard_files(path: Path, manifest: Manifest) -> Iterator[StoredFile]:
         else:
             records = sealed_records(path, split)
         for shard, record in records.items():
-            for array, entry in record["files"].items():
-                if array not in ("activations", "source", "masked"):
-                    raise ValueError(f"a shard has an array {array!r}")
-                parts = [folder, array, "c", str(shard), *(["0"] if array == "activations" else [])]
-                name = "/".join(part for part in parts if part)
-                yield _recorded(name, SHARD, entry, split=split, shard=shard, array=array)
+            yield from _files_of_record(split, folder, shard, record)
+
+
+def files_of_shard(path: Path, split: str, shard: int) -> list[StoredFile]:
+    """The files of a shard that is sealed, of a store that is being written; none when its record
+    has gone into the manifest. StoreError when the record is damaged.
+    """
+    file = path / COMMITS / split / f"{shard:08d}.json"
+    record = read_commit(file)
+    try:
+        return [*_files_of_record(split, SPLITS[split], shard, record)] if record else []
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{file} is damaged ({error}). Harvest the store again.") from error
+
+
+def _files_of_record(
+    split: str, folder: str, shard: int, record: dict[str, Any]
+) -> Iterator[StoredFile]:
+    for array, entry in record["files"].items():
+        if array not in ("activations", "source", "masked"):
+            raise ValueError(f"a shard has an array {array!r}")
+        parts = [folder, array, "c", str(shard), *(["0"] if array == "activations" else [])]
+        name = "/".join(part for part in parts if part)
+        yield _recorded(name, SHARD, entry, split=split, shard=shard, array=array)
 
 
 def _recorded(name: str, kind: str, entry: Any, **of_shard: Any) -> StoredFile:
@@ -186,11 +210,12 @@ def _wrong_statistics(path: Path, manifest: Manifest) -> str | None:
 
 
 def find_damage(
-    path: Path, files: Sequence[StoredFile], advance: Callable[[int], object] = lambda n: None
+    content: Content, files: Sequence[StoredFile], advance: Callable[[int], object] = lambda n: None
 ) -> list[Damage]:
     """Compare files with what is recorded of them, on all cores: everything that is wrong.
 
-    advance: called with bytes that were read, never by two threads at once.
+    content: gives the bytes of a file in parts, such as `content_below` a folder. advance: called
+    with bytes that were read, never by two threads at once.
     """
     lock = threading.Lock()
 
@@ -199,19 +224,31 @@ def find_damage(
             advance(n_bytes)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda file: _damage_of(path, file, read), files)
+        found = pool.map(lambda file: _damage_of(content, file, read), files)
         return [damage for damage in found if damage is not None]
 
 
-def _damage_of(path: Path, file: StoredFile, read: Callable[[int], object]) -> Damage | None:
-    digest, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(_READ_BYTES))
-    try:
-        with (path / file.name).open("rb", buffering=0) as opened:
+def content_below(folder: Path) -> Content:
+    """The content of files below a folder. A part is valid until the next is asked for."""
+
+    def content(file: StoredFile) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(_READ_BYTES))
+        with (folder / file.name).open("rb", buffering=0) as opened:
             while n := opened.readinto(buffer):
-                digest.update(buffer[:n])  # lets the interpreter lock go
-                size += n
-                read(n)
+                yield buffer[:n]
+
+    return content
+
+
+def _damage_of(content: Content, file: StoredFile, read: Callable[[int], object]) -> Damage | None:
+    digest, size = hashlib.sha256(), 0
+    try:
+        for part in content(file):
+            digest.update(part)  # lets the interpreter lock go
+            size += len(part)
+            read(len(part))
+    except SaePipeError:
+        raise  # of a service that cannot be reached
     except FileNotFoundError:
         return Damage(file, "it is missing")
     except OSError as error:
@@ -250,15 +287,19 @@ def verify_store(
     manifest: Manifest,
     files: Sequence[StoredFile],
     advance: Callable[[int], object] = lambda n: None,
+    content: Content | None = None,
 ) -> list[Damage]:
-    """All that is wrong with a store: its manifest, its tokens, its shards, the rest."""
+    """All that is wrong with a store: its manifest, its tokens, its shards, the rest.
+
+    content: where the files are, if that is not `path`.
+    """
     found = []
     what = wrong_in_manifest(path, manifest)
     if what is not None:
         record = StoredFile(name=MANIFEST, kind=RECORD, bytes=0, sha256="")
         found.append(Damage(record, what, is_record_wrong=True))
     corpus = wrong_corpus(path, manifest)
-    of_files = find_damage(path, files, advance)
+    of_files = find_damage(content or content_below(path), files, advance)
     if corpus is not None and all(d.file.name != corpus.file.name for d in of_files):
         found.append(corpus)
     return [*found, *of_files]
@@ -270,11 +311,19 @@ def is_harvested(manifest: Manifest) -> bool:
     model = recipe.get("model") if isinstance(recipe, dict) else None
     if not isinstance(model, dict) or "recoded_from" in recipe:
         return False
+    # The last block of a part of a store is not permuted as a block of that size is.
+    if "sampled" in manifest.get("provenance", {}):
+        return False
     return "revision" in model and "batch_contexts" in manifest.get("execution", {})
 
 
-def advice(path: Path, manifest: Manifest, damages: Sequence[Damage]) -> str:
+def advice(path: Place, manifest: Manifest, damages: Sequence[Damage]) -> str:
     """The sentence that says what to do."""
+    if isinstance(path, Address):
+        return (
+            "Remove those files there, and run `sae-pipe store push` of the whole store again: it "
+            "sends what is missing."
+        )
     kinds = {damage.file.kind for damage in damages}
     command = f"`sae-pipe store repair {path}`"
     if RECORD in kinds and not any(d.is_record_wrong and d.file.kind != RECORD for d in damages):

@@ -32,6 +32,8 @@ from sae_pipe.storage.corpus_writer import create_groups
 from sae_pipe.storage.layout import Layout
 from sae_pipe.storage.values import round_to_bfloat16
 
+from .services import ENVIRONMENT, S3, s3_server
+
 # Tiny models gain nothing from a second thread, and lose a lot to waiting for it: beside other work
 # on two cores the model tests took 20 times as long.
 torch.set_num_threads(1)
@@ -322,3 +324,18 @@ def store(lm: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("harvest") / "acts.zarr"
     quiet(config_for(lm, text, out))
     return out
+
+
+@pytest.fixture(scope="session")
+def s3_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """An S3 server; skipped where moto is not installed."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as s3:
+        yield s3
+
+
+@pytest.fixture
+def s3(s3_process: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The S3 server as the environment's, and a cache of the test's own."""
+    for name, value in (ENVIRONMENT | s3_process.environment(tmp_path / "cache")).items():
+        monkeypatch.setenv(name, value)
+    return s3_process

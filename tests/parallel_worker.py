@@ -98,7 +98,7 @@ def hundred_updates(case: Case, group: Group) -> dict[str, torch.Tensor]:
 def cases(folder: Path, store: ActivationStore, group: Group) -> None:
     for name, case in SHARED_CASES.items():
         state = hundred_updates(case, group)
-        save_file(state, folder / f"{name} {group.place.rank}.safetensors")
+        save_file(state, folder / f"{name} {group.seat.rank}.safetensors")
 
 
 def selection(folder: Path, store: ActivationStore, group: Group) -> int:
@@ -157,15 +157,15 @@ def exchanges(folder: Path, store: ActivationStore, group: Group) -> None:
     x, y = random.standard_normal((2, 10, 5)) + 3
     part = group.part(10)
     mine_x, mine_y = torch.from_numpy(x[part]), torch.from_numpy(y[part])
-    rank = torch.tensor(float(group.place.rank))
+    rank = torch.tensor(float(group.seat.rank))
     assert (float(group.sum(rank)), float(group.mean(rank)), float(group.min(rank))) == (1, 0.5, 0)
     assert torch.equal(group.gather(mine_x).flatten(0, 1), torch.from_numpy(x))
     spread, size, mean = spread_and_size(mine_x, mine_y, group, mine_x.sum())
     assert float(spread) == pytest.approx(np.sqrt(((x - x.mean(0)) ** 2).sum()), rel=1e-12)
     assert float(size) == pytest.approx(np.sqrt((y**2).sum()), rel=1e-12)
     assert float(mean) == pytest.approx(x.sum() / 2, rel=1e-12)
-    assert largest_of_processes(torch.ones(group.place.rank), 5, group).all()  # fewer than asked
-    assert group.first(lambda: {"of": group.place.rank}) == {"of": 0}
+    assert largest_of_processes(torch.ones(group.seat.rank), 5, group).all()  # fewer than asked
+    assert group.first(lambda: {"of": group.seat.rank}) == {"of": 0}
 
 
 def fits(folder: Path, store: ActivationStore, group: Group) -> list[Any]:
@@ -203,7 +203,7 @@ def signal_to_one(folder: Path, store: ActivationStore, group: Group) -> list[An
 
 def refusals(folder: Path, store: ActivationStore, group: Group) -> dict[str, Any]:
     """Error class, sentence, and whether the first process alone is to tell it, of what fails."""
-    rank, told = group.place.rank, {}
+    rank, told = group.seat.rank, {}
 
     def refused(name: str, act: Callable[[], object]) -> None:
         try:
@@ -281,7 +281,7 @@ def main(arguments: Sequence[str]) -> None:
     group = join()
     checks = (exchanges, selection, cases, fits, uninterrupted, signal_to_one, refusals)
     found = {check.__name__: check(folder, store, group) for check in checks}
-    (folder / f"{group.place.rank}.json").write_text(json.dumps(found))
+    (folder / f"{group.seat.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from sae_pipe.stages.evaluation.spurious import spurious_probes
 from sae_pipe.stages.metrics.base import MetricResult, TaskData
 from sae_pipe.stages.metrics.scr import Scr
 from sae_pipe.stages.metrics.tpp import Tpp
-
-from .planted import ByHand, orthonormal, task_of
+from sae_pipe.stages.selftest.planted import ByHand, orthonormal, task_of
 
 
 def judge(

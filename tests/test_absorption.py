@@ -9,15 +9,14 @@ import pytest
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from sae_pipe.stages.evaluation import probes
+from sae_pipe.stages.evaluation import probes, splitting
 from sae_pipe.stages.evaluation.absorbing import absorbed
 from sae_pipe.stages.evaluation.directions import Direction
 from sae_pipe.stages.evaluation.results import as_json
 from sae_pipe.stages.evaluation.splitting import main_latents
 from sae_pipe.stages.metrics.absorption import Absorption, least_concepts
 from sae_pipe.stages.metrics.base import MetricResult, TaskData
-
-from .planted import LETTERS, ByHand, PlantedLetters, orthonormal, task_of
+from sae_pipe.stages.selftest.planted import LETTERS, ByHand, PlantedLetters, orthonormal, task_of
 
 ABSORBED = [letter % 5 for letter in range(26)]  # of 8 test words each
 
@@ -292,7 +291,7 @@ def test_the_l1_probe_is_at_the_minimum_of_its_loss() -> None:
 def test_a_probe_that_stops_early_says_so_and_does_not_fail(
     letters: PlantedLetters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probes, "MAX_STEPS", 2)
+    monkeypatch.setattr(splitting, "MOST_STEPS", 2)
     result = judge(letters.task(), letters.judged, letters.latents_IS)
     assert result.values["l1_steps"].value == 2
     assert not any(concept["l1_converged"] for concept in result.details["concepts"])

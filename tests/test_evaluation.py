@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
+from torch import Tensor
 from typer.testing import CliRunner
 
 from sae_pipe.pipeline.cli import app
@@ -136,8 +137,8 @@ def test_masked_and_unmasked_runs_are_judged_on_the_same_rows(
     digests = {entry.source.digest for each in by_name(tmp_path).values() for entry in each.metrics}
     assert digests == {open_store(store).digest}
     assert said == [
-        f"All are judged on the held-out rows of {store.resolve()}, which are unmasked; c-masked of "
-        "another store of the same text included. Pass --store for another one."
+        f"All 3 are judged on the held-out rows of {store.resolve()}, which are unmasked; 1 of "
+        "them were fitted from another store of the same text."
     ]
 
 
@@ -281,6 +282,23 @@ def test_a_run_that_fails_does_not_stop_the_others(runs: Path, tmp_path: Path) -
     assert f"Run {copies / 'c-masked'} has no weights" in shown.stderr
 
 
+def test_a_mistake_of_ours_in_one_sae_is_raised_when_the_others_are_written(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = JudgedSae.latents
+
+    def broken(self: JudgedSae, x_BD: Tensor) -> Tensor:
+        if self.name == "b-matryoshka":
+            raise ZeroDivisionError("ours")
+        return plain(self, x_BD)
+
+    monkeypatch.setattr(JudgedSae, "latents", broken)
+    command = ["eval", str(runs), "--out", str(tmp_path), "--metrics", "fvu", "--device", "cpu"]
+    shown = CliRunner().invoke(app, [*command, "--no-baselines"])
+    assert isinstance(shown.exception, ZeroDivisionError)
+    assert sorted(by_name(tmp_path)) == ["a-topk", "c-masked"]
+
+
 @pytest.mark.parametrize(
     ("name", "called", "ours"),
     [("layer", "layer", 0), ("hook", "hook", "mlp_out"), ("model", "model", "other")],
@@ -294,7 +312,7 @@ def test_a_run_and_a_store_that_do_not_fit_are_refused_with_both_values(
     recipe = config["store"]["recipe"]
     theirs = recipe["model"]["name"] if name == "model" else recipe[name]
     if name == "model":
-        recipe["model"]["name"] = ours
+        recipe["model"] |= {"name": ours, "revision": None}
     else:
         recipe[name] = ours
     (run / "config.json").write_text(json.dumps(config))

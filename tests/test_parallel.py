@@ -27,7 +27,7 @@ from sae_pipe.stages.batches import TorchBatches
 from sae_pipe.stages.fit import fit, fit_many
 from sae_pipe.stages.parallel import ALONE, Group, join
 from sae_pipe.stages.sae import ARCHITECTURES, load_sae
-from sae_pipe.stages.torchrun import Place, find_place
+from sae_pipe.stages.torchrun import Seat, find_seat
 from sae_pipe.storage import ActivationStore, InputError
 
 from .parallel_worker import (
@@ -197,7 +197,7 @@ def test_errors_are_raised_by_both_processes_alike(found: list[dict[str, Any]]) 
                 r"with the same command, store and versions\."
             ),
         ),
-        ("device", "InputError", r"(Device 'cuda' was asked for|Each process takes a GPU of).*"),
+        ("device", "InputError", r"(Device .cuda. was asked for|--device cuda:0 is one GPU).*"),
         (
             "nan",
             "NonFiniteError",
@@ -317,7 +317,7 @@ def test_the_parts_of_a_batch_are_the_batch(small_store: ActivationStore) -> Non
     parts = []
     for rank in range(3):
         group = Group()
-        group.place = Place(world_size=3, rank=rank)
+        group.seat = Seat(world_size=3, rank=rank)
         with TorchBatches(small_store, batch_size=96, seed=1, part=group.part(96)) as part:
             parts.append([next(part) for _ in range(50)])
     for step, batch_BD in enumerate(expected):
@@ -328,10 +328,10 @@ TOLD = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "node0", "MASTER_PORT": "
 
 
 def test_a_place_is_what_torchrun_says() -> None:
-    assert find_place({}) == find_place({"WORLD_SIZE": "1", "RANK": "0"}) == Place()
-    assert find_place(TOLD) == Place(world_size=4, rank=3, local_size=4, local_rank=3)
+    assert find_seat({}) == find_seat({"WORLD_SIZE": "1", "RANK": "0"}) == Seat()
+    assert find_seat(TOLD) == Seat(world_size=4, rank=3, local_size=4, local_rank=3)
     two_machines = TOLD | {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}
-    assert find_place(two_machines) == Place(world_size=4, rank=3, local_size=2, local_rank=1)
+    assert find_seat(two_machines) == Seat(world_size=4, rank=3, local_size=2, local_rank=1)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_a_place_is_what_torchrun_says() -> None:
 )
 def test_what_cannot_be_torchruns_is_refused(changes: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-        find_place(TOLD | changes)
+        find_seat(TOLD | changes)
 
 
 def test_processes_that_do_not_come_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,7 @@ from sae_pipe.stages.metrics.base import MetricResult, TaskData
 from sae_pipe.stages.metrics.ood_probing import OodProbing
 from sae_pipe.stages.metrics.shortcut_control import ShortcutControl
 from sae_pipe.stages.metrics.sparse_probing import SparseProbing
-
-from .planted import ByHand, task_of
+from sae_pipe.stages.selftest.planted import ByHand, task_of
 
 N_TRAIN, N_TEST, N_OOD = 200, 80, 60
 SPLITS = np.repeat([0, 1, 2], [N_TRAIN, N_TEST, N_OOD])

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..metrics.base import to_float64
 from .judged import Judged, JudgedSae
 
 UNTRAINED, RANDOM, MEAN = BASELINES = ("untrained", "random latents", "mean")
@@ -76,7 +77,7 @@ def untrained(judged: JudgedSae, sample_BD: Tensor, facts: Mapping[str, Any]) ->
     sample_BD = sample_BD.to(judged.device, torch.float32)
     sae.start_from(sample_BD)
     few_BD = sample_BD[: max(1, _PRE_VALUES // sae.d_sae)]
-    l0 = float(judged.encode(few_BD).counts_B.double().mean())
+    l0 = len(judged.encode(few_BD).values_N) / len(few_BD)
     centred_BD = few_BD - sae.b_dec if sae.subtracts_b_dec else few_BD
     pre = (centred_BD @ sae.W_enc).flatten()
     kept = min(max(round(l0 * len(few_BD)), 1), len(pre))
@@ -91,11 +92,14 @@ class RandomLatents(Judged):
         super().__init__(W_dec=judged.W_dec, b_dec=judged.b_dec, facts=facts)
         latents = judged.encode(sample_BD)
         fired_S = latents.fired_S()
-        sums_S = torch.zeros(self.d_sae, dtype=torch.float64, device=self.device)
-        sums_S.index_add_(0, latents.latent_N, latents.values_N.double())
-        self._mean_S = (sums_S / fired_S.clamp(min=1)).float()
+        values_N = to_float64(latents.values_N)
+        sums_S = values_N.new_zeros(self.d_sae)
+        sums_S.index_add_(0, latents.latent_N.to(values_N.device), values_N)
+        mean_S = sums_S / to_float64(fired_S.clamp(min=1))
+        self._mean_S = mean_S.float().to(self.device)
         # Draws are of 53 bits: a latent fires where its draw is below this.
-        self._below_S = (fired_S.double() / max(latents.n_rows, 1) * 2.0**53).long()
+        below_S = to_float64(fired_S) / max(latents.n_rows, 1) * 2.0**53
+        self._below_S = below_S.long().to(self.device)
         generator = torch.Generator().manual_seed(0)
         odd_D = torch.randint(0, 1 << 62, (self.d_in,), generator=generator) * 2 + 1
         self._odd_D = odd_D.to(self.device)
@@ -127,7 +131,7 @@ class MeanPredictor(Judged):
     has_latents = False
 
     def __init__(self, judged: Judged, sample_BD: Tensor, facts: Mapping[str, Any]) -> None:
-        mean_D = sample_BD.double().mean(dim=0).float().to(judged.device)
+        mean_D = to_float64(sample_BD).mean(dim=0).float().to(judged.device)
         super().__init__(W_dec=torch.zeros_like(judged.W_dec[:1]), b_dec=mean_D, facts=facts)
 
     def latents(self, x_BD: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Case:
 
     def __init__(self, facts: Mapping[str, Any], path: Path, seed: int) -> None:
         self.facts, self.path, self.seed = facts, path, seed
-        self.error: SaePipeError | None = None
+        self.error: Exception | None = None
         self.judged: Judged | None = None
         self.n_computed = self.n_kept = 0
         self._result: Result | None = None

@@ -81,7 +81,7 @@ class Outcome:
 
     name: str
     result: Result | None
-    error: SaePipeError | None
+    error: Exception | None
     computed: int = 0
     kept: int = 0
 
@@ -95,7 +95,8 @@ def evaluate_runs(
 ) -> list[Outcome]:
     """Judge run folders (or all runs in a sweep's folder); results are written to `config.out`.
 
-    A run that fails does not stop the others: its outcome has the error. Raises InputError, before
+    A run that fails does not stop the others: its outcome has the error, which is not a SaePipeError
+    where it is a mistake of ours. Raises InputError, before
     anything is computed, where what is asked for cannot be or an SAE and a source do not fit.
     """
     _check_sizes(config)

@@ -10,6 +10,7 @@ classes), so that none is ever empty in a replicate.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,20 @@ Floats = NDArray[np.floating[Any]]
 Whole = NDArray[np.integer[Any]]
 Counts = NDArray[np.float32]
 
+_PIECE_VALUES = 1 << 22
 
-def draw_units(n_draws: int, n_units: int, *, seed: int, purpose: str) -> NDArray[np.int64]:
-    """Units drawn with replacement in each of R resamples, (R, n_draws)."""
+
+def draw_units(
+    n_units: int, *, seed: int, purpose: str
+) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+    """Units drawn with replacement, as many as there are, in pieces: which of the R resamples, and
+    what they drew (resamples of the piece, n_units)."""
     key = stream_key(seed, "item bootstrap", purpose, n_units)
-    counters = np.arange(RESAMPLES * n_draws, dtype=np.uint64).reshape(RESAMPLES, n_draws)
-    upper = draw(key, counters) >> np.uint64(32)
-    return ((upper * np.uint64(n_units)) >> np.uint64(32)).astype(np.int64)
+    for piece in _pieces(n_units):
+        counters = np.arange(piece.start * n_units, piece.stop * n_units, dtype=np.uint64)
+        upper = draw(key, counters) >> np.uint64(32)
+        units = ((upper * np.uint64(n_units)) >> np.uint64(32)).astype(np.int64)
+        yield piece, units.reshape(-1, n_units)
 
 
 def draw_items(document_I: Whole, stratum_I: Whole, *, seed: int, purpose: str) -> Counts:
@@ -39,14 +47,22 @@ def draw_items(document_I: Whole, stratum_I: Whole, *, seed: int, purpose: str) 
     for stratum in np.unique(stratum_of_document).tolist():
         documents = np.flatnonzero(stratum_of_document == stratum)
         n = len(documents)
-        drawn_RN = draw_units(n, n, seed=seed, purpose=f"{purpose}/{stratum}")
-        offset_R1 = np.arange(RESAMPLES)[:, None] * n
-        often_RN = np.bincount((drawn_RN + offset_R1).ravel(), minlength=RESAMPLES * n)
         place = np.full(len(first), -1)
         place[documents] = np.arange(n)
         inside_I = np.flatnonzero(place[which_I] >= 0)
-        counts_RI[:, inside_I] = often_RN.reshape(RESAMPLES, n)[:, place[which_I[inside_I]]]
+        for piece, drawn_RN in draw_units(n, seed=seed, purpose=f"{purpose}/{stratum}"):
+            offset_R1 = np.arange(len(drawn_RN))[:, None] * n
+            often_RN = np.bincount((drawn_RN + offset_R1).ravel(), minlength=drawn_RN.size)
+            often_RN = often_RN.reshape(drawn_RN.shape)
+            counts_RI[piece, inside_I] = often_RN[:, place[which_I[inside_I]]]
     return counts_RI
+
+
+def _pieces(n_columns: int) -> Iterator[slice]:
+    """The R resamples in pieces of so many numbers as may be held at once."""
+    step = max(1, _PIECE_VALUES // max(n_columns, 1))
+    for start in range(0, RESAMPLES, step):
+        yield slice(start, min(start + step, RESAMPLES))
 
 
 def weighted_mean(value_I: Floats, counts_RI: Counts) -> NDArray[np.float64]:
@@ -60,15 +76,23 @@ def weighted_auc(
     positive_I: NDArray[np.bool_], score_I: Floats, counts_RI: Counts
 ) -> NDArray[np.float64]:
     """AUC of the drawn items, ties counted half, (R,); NaN where a class is not drawn."""
-    order_I = np.argsort(score_I, kind="stable")
-    score_I, positive_I, counts_RI = score_I[order_I], positive_I[order_I], counts_RI[:, order_I]
-    starts = np.flatnonzero(np.r_[True, np.diff(score_I) > 0])
-    above_RU = np.add.reduceat(counts_RI * positive_I, starts, axis=1, dtype=np.float64)
-    below_RU = np.add.reduceat(counts_RI * ~positive_I, starts, axis=1, dtype=np.float64)
-    lower_RU = np.cumsum(below_RU, axis=1) - below_RU / 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        pairs_R = above_RU.sum(axis=1) * below_RU.sum(axis=1)
-        return np.asarray((above_RU * lower_RU).sum(axis=1) / pairs_R)
+    negative_N = np.flatnonzero(~positive_I)
+    negative_N = negative_N[np.argsort(score_I[negative_N], kind="stable")]
+    # Of each positive: how many of the sorted negatives are below it, and how many not above it.
+    below_P, upto_P = (
+        np.searchsorted(score_I[negative_N], score_I[positive_I], side=side)
+        for side in ("left", "right")
+    )
+    parts = []
+    for piece in _pieces(len(score_I)):
+        summed_RN = np.zeros((piece.stop - piece.start, len(negative_N) + 1))
+        np.cumsum(counts_RI[piece, negative_N], axis=1, out=summed_RN[:, 1:])
+        beaten_RP = (summed_RN[:, below_P] + summed_RN[:, upto_P]) / 2
+        positives_RP = counts_RI[piece, positive_I]
+        pairs_R = positives_RP.sum(axis=1, dtype=np.float64) * summed_RN[:, -1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            parts.append(np.einsum("rp,rp->r", positives_RP, beaten_RP) / pairs_R)
+    return np.concatenate(parts)
 
 
 def weighted_accuracy(
@@ -97,7 +121,8 @@ def over_tasks(value_TR: Floats, *, seed: int) -> NDArray[np.float64]:
     n_tasks = len(value_TR)
     if n_tasks == 1:
         return np.asarray(value_TR[0], dtype=np.float64)
-    drawn_RT = draw_units(n_tasks, n_tasks, seed=seed, purpose="tasks")
+    drawn = [units for _, units in draw_units(n_tasks, seed=seed, purpose="tasks")]
+    drawn_RT = np.concatenate(drawn)
     return mean_defined(value_TR[drawn_RT.T, np.arange(RESAMPLES)], axis=0)
 
 

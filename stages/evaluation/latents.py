@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..metrics.base import to_float64
 from ..sae.support import flat_nonzero, starts_of
 
 
@@ -81,8 +82,9 @@ class SparseLatents:
 
     def row_sums(self, weight_N: Tensor) -> Tensor:
         """Of a number for each entry: the sum of each row, float64 (B,)."""
-        sums_B = weight_N.new_zeros(self.n_rows, dtype=torch.float64)
-        return sums_B.index_add_(0, self.row_N, weight_N.double())
+        weight_N = to_float64(weight_N)
+        sums_B = weight_N.new_zeros(self.n_rows)
+        return sums_B.index_add_(0, self.row_N.to(weight_N.device), weight_N)
 
     def rows(self, start: int, stop: int) -> SparseLatents:
         """Rows start to stop."""

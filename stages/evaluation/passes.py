@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...storage.errors import InputError, SaePipeError
+from ...storage.errors import InputError
 from ...storage.evalset import EvalSet
 from ..backoff import is_out_of_memory
 from ..metrics.rows import Moments, RowBatch, Rows
@@ -69,18 +69,16 @@ class Seat:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """What the user can act on ends this case and no other."""
+        """An error ends this case and no other; one of ours is raised when all others are done."""
         try:
             yield
-        except SaePipeError as error:
+        except Exception as error:  # noqa: BLE001 - kept, and raised at the end
             self.case.error = error
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.case.error = InputError(
-                f"Memory ran out while {self.case.name} was judged. Pass fewer runs at once, or "
-                "--device cpu."
-            )
+            if is_out_of_memory(error):
+                self.case.error = InputError(
+                    f"Memory ran out while {self.case.name} was judged. Pass fewer runs at once, "
+                    "or --device cpu."
+                )
 
     def finish(self, source: Source, result: Callable[[Any], Any]) -> None:
         """Take every metric's result and write the file."""

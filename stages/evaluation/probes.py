@@ -113,15 +113,24 @@ def fit_l2(x_IK: Floats, positive_I: Flags, *, c: float, weight_I: Floats | None
 
 
 def fit_l1(
-    x_IK: Matrix, positive_I: Flags, *, c: float, weight_I: Floats | None = None, seed: int
+    x_IK: Matrix,
+    positive_I: Flags,
+    *,
+    c: float,
+    weight_I: Floats | None = None,
+    seed: int,
+    most_steps: int = MAX_STEPS,
 ) -> Probe:
-    """The same with |w|_1 in place of |w|^2 / 2; columns that are 0 on all items keep weight 0."""
+    """The same with |w|_1 in place of |w|^2 / 2; columns that are 0 on all items keep weight 0.
+
+    most_steps: of coordinate descent, each over all columns several times.
+    """
     model = LogisticRegression(
         C=c,
         l1_ratio=1,
         solver="liblinear",
         tol=1e-4,
-        max_iter=MAX_STEPS,
+        max_iter=most_steps,
         intercept_scaling=INTERCEPT_SCALING,
         random_state=seed,
     )

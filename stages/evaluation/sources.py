@@ -53,6 +53,8 @@ def check_match(facts: Mapping[str, Any], origin: Origin, where: str) -> None:
         "layer": "layer",
         "hook": "hook",
     }
+    if facts.get("model_revision") is not None and facts["model_revision"] == origin.model_revision:
+        del names["model"]  # a folder that was renamed
     for name, called in names.items():
         wanted, found = facts.get(name), getattr(origin, name)
         if wanted is not None and found is not None and wanted != found:

@@ -29,6 +29,7 @@ from .probes import balanced, f1, fit_l1, fit_l2, positives_weighted
 L1_DECAY = 0.01
 F1_JUMP = 0.03
 MOST_MAIN = 10
+MOST_STEPS = 1000
 
 Flags = NDArray[np.bool_]
 
@@ -58,6 +59,7 @@ def main_latents(
         c=1 / (len(train_I) * L1_DECAY),
         weight_I=positives_weighted(train_I),
         seed=seed,
+        most_steps=MOST_STEPS,
     )
     order_S = np.argsort(-probe.weight_K, kind="stable")[:MOST_MAIN]
     order_S = order_S[probe.weight_K[order_S] > 0]

@@ -69,7 +69,7 @@ def _first_store(cases: Sequence[RunCase]) -> ActivationStore:
             return open_store(path, unfinished=True)
         except SaePipeError as error:
             errors.append(error)
-    raise errors[0]
+    raise InputError(f"{errors[0]} Or pass another --store, or --metrics items.") from errors[0]
 
 
 def _path_of(case: RunCase) -> str:
@@ -92,7 +92,6 @@ def _tell(group: StoreGroup, say: Callable[[str], object]) -> None:
     others = [c.name for c in group.cases if c.facts.get("store_digest") != store.digest]
     if others:
         say(
-            f"All are judged on the held-out rows of {store.path}, which are unmasked; "
-            f"{', '.join(others)} of another store of the same text included. "
-            "Pass --store for another one."
+            f"All {len(group.cases)} are judged on the held-out rows of {store.path}, which are "
+            f"unmasked; {len(others)} of them were fitted from another store of the same text."
         )

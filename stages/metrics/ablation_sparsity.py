@@ -29,7 +29,7 @@ from ...storage.counter import draw, permutation, stream_key
 from ..evaluation.bootstrap import Resamples, bootstrapped, described, units_of, valued
 from ..evaluation.judged import Judged
 from ..evaluation.text import TextBatch
-from .base import Direction, MetricResult
+from .base import Direction, MetricResult, to_float64
 from .rows import ratio
 
 
@@ -125,7 +125,7 @@ def effective_number(difference_HV: Tensor) -> tuple[float, float]:
 
     NaN where nothing differs.
     """
-    d_HV = difference_HV.double()
+    d_HV = to_float64(difference_HV)
     d_HV = d_HV - d_HV.median(dim=1, keepdim=True).values
     norm = float(d_HV.norm())
     if norm == 0:

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..evaluation.bootstrap import Resamples, bootstrapped, described, valued
 from ..evaluation.judged import Judged
 from ..evaluation.text import TextBatch
-from .base import Direction, MetricResult
+from .base import Direction, MetricResult, to_float64
 from .rows import Floats, ratio
 
 _LOGIT_BYTES = 1 << 26  # of one float32 matrix of logits; a few stand at once
@@ -156,10 +156,10 @@ def losses(
         n_vocabulary = clean.shape[1]
         for name, final_BTD in finals.items():
             log_p = clean if name == "clean" else _log_p(text, final_BTD, where)
-            loss = -log_p.gather(1, following[:, None])[:, 0].double()
+            loss = -to_float64(log_p.gather(1, following[:, None])[:, 0])
             found.setdefault(name, []).append(loss)
             if name not in _ABLATIONS:
-                kl = (clean.exp() * (clean - log_p)).sum(dim=1, dtype=torch.float64)
+                kl = to_float64((clean.exp() * (clean - log_p)).sum(dim=1))
                 found.setdefault(f"{name} kl", []).append(kl)
         start += few
     return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}

@@ -7,8 +7,8 @@ gradient pursuit (Blumensath and Davies 2008, "Gradient pursuits", IEEE Trans. S
 its use for SAEs is from Rajamanoharan et al. 2024, arXiv 2404.16014, appendix D): the atom of unit
 norm with the largest inner product with the residual joins, then the coefficients of those that
 have joined go down the gradient, with exact line search, and what would be negative becomes 0.
-With `STEPS` such steps for each atom it gives what orthogonal matching pursuit with non-negative
-least squares gives (tests/test_ito.py).
+With some steps for each atom it gives what orthogonal matching pursuit with non-negative least
+squares gives (tests/test_ito.py).
 
 Explained variance (no unit) at the same k of three: `ito_explained_variance`; of the encoder's k
 latents with the largest ||f_i W_dec,i|| on each row, `encoder_explained_variance`; and `ito_gain`,
@@ -29,13 +29,16 @@ from ...storage.counter import draw, stream_key
 from ..evaluation.bootstrap import bootstrapped, units_of, valued
 from ..evaluation.judged import Judged
 from ..evaluation.latents import SparseLatents
-from .base import Direction, MetricResult
+from .base import Direction, MetricResult, to_float64
 from .rows import Floats, Moments, RowBatch, Rows, UnitSums, ratio
 
-STEPS = 16
-SAMPLE_ROWS = 512
+# Of a row's coefficients after each atom: while they are few, when they are many, at the end.
+STEPS, FEW_STEPS, LAST_STEPS = 16, 4, 64
+_MANY_STEPS_UP_TO = 32  # atoms
+_MOST_STEPS = 64  # beyond, several atoms join at once
+SAMPLE_ROWS = 256
 MOST_K = 256
-_BATCH_ROWS = 128
+_BATCH_ROWS, _BATCH_BYTES = 256, 1 << 28
 
 
 class Ito:
@@ -88,7 +91,7 @@ class Ito:
 
     @staticmethod
     def _k_of(latents: SparseLatents) -> int:
-        mean = float(latents.counts_B.double().mean()) if latents.n_rows else 0.0
+        mean = len(latents.values_N) / max(latents.n_rows, 1)
         return min(max(round(mean), 1), MOST_K, latents.d_sae)
 
     def _measured(
@@ -130,7 +133,7 @@ def _values(errors: dict[str, Floats], scatter: Floats) -> dict[str, Floats]:
 
 
 def _error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
-    return (x_BD.double() - x_hat_BD.double()).square().sum(dim=1)
+    return (to_float64(x_BD) - to_float64(x_hat_BD)).square().sum(dim=1)
 
 
 class RowSample:
@@ -195,34 +198,54 @@ def pursue(x_BD: Tensor, judged: Judged, k: int) -> Tensor:
     norm_S = judged.W_dec.norm(dim=1, keepdim=True)
     atoms_SD = judged.W_dec / norm_S.clamp_min(torch.finfo(norm_S.dtype).tiny)
     x_BD = x_BD.to(judged.W_dec) - judged.b_dec
-    parts = [_pursued(part, atoms_SD, k) for part in torch.split(x_BD, _BATCH_ROWS)]
+    k = min(k, judged.d_sae)
+    row_bytes = 4 * k * (k + judged.d_in)
+    n_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes))
+    parts = [_pursued(part, atoms_SD, k) for part in torch.split(x_BD, n_rows)]
     return torch.cat(parts) + judged.b_dec
 
 
 def _pursued(x_BD: Tensor, atoms_SD: Tensor, k: int) -> Tensor:
-    residual_BD, row_B = x_BD, torch.arange(len(x_BD), device=x_BD.device)
     chosen_BK = torch.zeros(len(x_BD), k, dtype=torch.int64, device=x_BD.device)
     atoms_BKD = x_BD.new_zeros(len(x_BD), k, x_BD.shape[1])
+    gram_BKK, target_BK = x_BD.new_zeros(len(x_BD), k, k), x_BD.new_zeros(len(x_BD), k)
     a_BK = x_BD.new_zeros(len(x_BD), k)
-    for n_before in range(k):
+    residual_BD, width = x_BD, -(-k // _MOST_STEPS)
+    for start in range(0, k, width):
+        stop = min(start + width, k)
         products_BS = residual_BD @ atoms_SD.T
-        products_BS.scatter_(1, chosen_BK[:, :n_before], -torch.inf)
-        chosen_BK[:, n_before] = products_BS.argmax(dim=1)
-        atoms_BKD[:, n_before] = atoms_SD[chosen_BK[row_B, n_before]]
-        joined_BKD = atoms_BKD[:, : n_before + 1]
-        a_BK[:, : n_before + 1] = _descend(x_BD, joined_BKD, a_BK[:, : n_before + 1])
-        residual_BD = x_BD - torch.einsum("bk,bkd->bd", a_BK[:, : n_before + 1], joined_BKD)
+        if start == 0:
+            first_BS = products_BS.clone()
+        products_BS.scatter_(1, chosen_BK[:, :start], -torch.inf)
+        new_BW = products_BS.topk(stop - start, dim=1).indices
+        chosen_BK[:, start:stop] = new_BW
+        atoms_BKD[:, start:stop] = atoms_SD[new_BW]
+        target_BK[:, start:stop] = first_BS.gather(1, new_BW)
+        pairs_BKW = atoms_BKD[:, :stop] @ atoms_BKD[:, start:stop].transpose(1, 2)
+        gram_BKK[:, :stop, start:stop] = pairs_BKW
+        gram_BKK[:, start:stop, :stop] = pairs_BKW.transpose(1, 2)
+        steps = STEPS if stop <= _MANY_STEPS_UP_TO else FEW_STEPS
+        steps = LAST_STEPS if stop == k else steps
+        a_BK[:, :stop] = _descend(
+            gram_BKK[:, :stop, :stop], target_BK[:, :stop], a_BK[:, :stop], steps
+        )
+        residual_BD = x_BD - (a_BK[:, None, :stop] @ atoms_BKD[:, :stop])[:, 0]
     return x_BD - residual_BD
 
 
-def _descend(x_BD: Tensor, atoms_BKD: Tensor, a_BK: Tensor) -> Tensor:
-    """Coefficients nearer to the non-negative least squares solution over a row's own atoms."""
-    gram_BKK = atoms_BKD @ atoms_BKD.transpose(1, 2)
-    target_BK = torch.einsum("bkd,bd->bk", atoms_BKD, x_BD)
-    for _ in range(STEPS):
-        down_BK = target_BK - torch.einsum("bij,bj->bi", gram_BKK, a_BK)
+def _descend(gram_BKK: Tensor, target_BK: Tensor, a_BK: Tensor, steps: int) -> Tensor:
+    """Coefficients nearer to the non-negative least squares solution over a row's own atoms.
+
+    gram_BKK: products of the atoms with one another; target_BK: with the row.
+    """
+    for _ in range(steps):
+        down_BK = target_BK - _times(gram_BKK, a_BK)
         down_BK = torch.where((a_BK > 0) | (down_BK > 0), down_BK, 0)
-        curvature_B = torch.einsum("bi,bij,bj->b", down_BK, gram_BKK, down_BK)
+        curvature_B = (down_BK * _times(gram_BKK, down_BK)).sum(dim=1)
         length_B = torch.where(curvature_B > 0, down_BK.square().sum(dim=1) / curvature_B, 0)
         a_BK = torch.relu(a_BK + length_B[:, None] * down_BK)
     return a_BK
+
+
+def _times(matrix_BKK: Tensor, vector_BK: Tensor) -> Tensor:
+    return torch.bmm(matrix_BKK, vector_BK[:, :, None])[:, :, 0]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from .base import to_float64
 from .rows import Floats, RowBatch, SumMetric, ratio
 
 
@@ -12,7 +13,7 @@ class L0(SumMetric):
     summed = ("active",)
 
     def sums(self, batch: RowBatch) -> dict[str, Tensor]:
-        return {"active": batch.latents.counts_B.double()}
+        return {"active": to_float64(batch.latents.counts_B)}
 
     def of(self, totals: Mapping[str, Floats]) -> dict[str, Floats]:
         return {"l0": ratio(totals["active"], totals["n_rows"])}

@@ -6,7 +6,8 @@ Kantamneni et al. 2025, "Are Sparse Autoencoders Useful?" (arXiv 2502.16681), as
 implements it. On the training items: for the SAE, the k latents with the largest |difference of
 class means| and an L1 logistic regression on them; as oracle, an L2 logistic regression on the raw
 activations; each with the C of logspace(5, -5, 10) that has the best AUC on the last 100 training
-items, then fitted on all. Scored by AUC on the test items and on those out of distribution.
+items, then fitted on all. L1 fits end after 50 steps, converged or not. Scored by AUC on the test
+items and on those out of distribution.
 
 The published protocol exists in variants: k = 128 with 512 items a class, and k in {16, 128}. Here
 k = 128 is the score, on the training items that the evaluation set has; k = 16 stands beside it.
@@ -54,6 +55,10 @@ if TYPE_CHECKING:
     from ..evaluation.judged import Judged
 
 K, OTHER_K = 128, 16
+# Where training items can be told apart without error, weights of a large C grow for thousands of
+# steps, 50 ms each at L0 = 40. Between 40 and 1000 steps the AUC on held-back items moved by 0.004
+# in the slowest set measured (73_control-group, C = 1e5); `steps` and `converged` stand in details.
+MOST_STEPS = 50
 MALFORMED = "qnli"
 _WITH_AND_WITHOUT = ("ood_auc", "oracle_ood_auc", "gap_to_oracle")
 
@@ -132,7 +137,7 @@ def _judged(
     all_IK = np.asarray(latents_IS[:, chosen_K].toarray() / scale, dtype=np.float64)
 
     def fit(x_IK: NDArray[Any], positive_I: NDArray[np.bool_], c: float) -> Probe:
-        return fit_l1(x_IK, positive_I, c=c, seed=task.seed)
+        return fit_l1(x_IK, positive_I, c=c, seed=task.seed, most_steps=MOST_STEPS)
 
     details: dict[str, Any] = {"latents": chosen_K[:OTHER_K].tolist()}
     found: dict[str, Found] = {}

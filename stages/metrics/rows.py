@@ -96,11 +96,10 @@ class UnitSums:
         if len(units) == 0:
             return
         for name, value in values.items():
-            value = value.detach().cpu()
-            own = torch.zeros(len(units), *value.shape[1:], dtype=torch.float64)
-            own.index_add_(0, torch.from_numpy(place_B), value.double())
+            own = value.new_zeros(len(units), *value.shape[1:])
+            own.index_add_(0, torch.from_numpy(place_B).to(value.device), value)
             sums_U = self._room(name, int(units[-1]) + 1, own.shape[1:])
-            sums_U[units] += own.numpy()
+            sums_U[units] += own.cpu().numpy()
 
     def _room(self, name: str, n_units: int, shape: torch.Size) -> Floats:
         found = self._sums.get(name)

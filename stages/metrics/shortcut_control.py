@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 K = 5
 PERMUTATIONS = 5
-_KINDS = ("latent", "length", "group", "shuffled", "credited", "within_group")
+_KINDS = ("credited", "latent", "length", "group", "within_group", "shuffled")
 
 Flags = NDArray[np.bool_]
 Scores = NDArray[np.float64]
@@ -127,10 +127,10 @@ def _all_scores(task: TaskData, concept: Concept, latents_IS: csr_array) -> dict
     """Scores for all items of each kind of probe; several of the shuffled one."""
     train = Split.of(task, TRAIN)
     positive_I = train.positive(concept)
-    key = stream_key(task.seed, "shuffled labels", task.name, concept.name)
     shuffled = []
     for each in range(PERMUTATIONS):
-        order_I = permutation(key + each, len(positive_I))
+        key = stream_key(task.seed, "shuffled labels", task.name, concept.name, each)
+        order_I = permutation(key, len(positive_I))
         shuffled.append(_latent_scores(task, latents_IS, train.item_I, positive_I[order_I]))
     scores = {
         "latent": [_latent_scores(task, latents_IS, train.item_I, positive_I)],

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
@@ -53,18 +54,19 @@ class Workspace:
     """Memory for pre-activations, kept from pass to pass: fresh pages cost more than filling them.
 
     SAEs that step in one thread take turns with the same memory, whose contents last until another
-    asks for it; it is freed with the last of them.
+    asks for it; it is freed with the last of them. One that is private shares with none.
     """
 
     _all: ClassVar[WeakValueDictionary[tuple[object, ...], _Buffer]] = WeakValueDictionary()
 
-    def __init__(self) -> None:
+    def __init__(self, *, private: bool = False) -> None:
+        self._owner = self if private else None
         self._held: dict[tuple[int, str], _Buffer] = {}
 
     def like(self, name: str, shape: tuple[int, int], of: Tensor, dtype: torch.dtype) -> Tensor:
         """An uninitialised matrix on the device of another tensor."""
         place = threading.get_ident(), name
-        key = (*place, shape, dtype, of.device)
+        key = (id(self._owner), *place, shape, dtype, of.device)
         buffer = self._all.get(key)
         if buffer is None:
             buffer = self._all[key] = _Buffer(torch.empty(shape, dtype=dtype, device=of.device))
@@ -92,6 +94,7 @@ class Sae(nn.Module, ABC):
     reference: bool = False  # the reference trainers' behaviour where ours is another
     low_precision: bool = False  # latents are chosen by bfloat16 products
     group: Group = ALONE  # the processes that have the other rows of a batch
+    low_products: bool = False  # full matrices are multiplied in bfloat16, off the CPU
 
     def __init__(self, *, d_in: int, d_sae: int, k: int | None) -> None:
         super().__init__()
@@ -162,6 +165,15 @@ class Sae(nn.Module, ABC):
         sparsity: weight of the sparsity term in this step.
         """
 
+    @contextmanager
+    def own_workspace(self) -> Iterator[Workspace]:
+        """Passes inside work in memory that stays for as long as what this yields is held."""
+        before, self._workspace = self._workspace, Workspace(private=True)
+        try:
+            yield self._workspace
+        finally:
+            self._workspace = before
+
     def centred(self, x_BD: Tensor) -> Tensor:
         """What the encoder's product takes, without gradients: b_dec's comes by `encoder_bias`."""
         return x_BD - self.b_dec.detach() if self.subtracts_b_dec else x_BD
@@ -207,7 +219,8 @@ class Sae(nn.Module, ABC):
         self, pre_BS: Tensor, centred_BD: Tensor, bias_S: Tensor | None, wanted_BS: Tensor
     ) -> Support:
         """The support of the wanted entries, whichever form is faster."""
-        support = support_of(pre_BS, wanted_BS, self.W_dec.dtype)
+        dtype = self.W_dec.dtype
+        support = support_of(pre_BS, wanted_BS, dtype, low_products=self.low_products)
         if isinstance(support, SparseSupport) and self.low_precision:
             return self._exact(support, centred_BD, bias_S)
         return support

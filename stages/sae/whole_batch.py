@@ -26,16 +26,16 @@ def of_whole_batch(passed: TrainingPass, group: Group) -> TrainingPass:
     """
     if group.is_alone:
         return passed
-    smallest, place = passed.smallest_kept, group.place
-    # A place for each process's own smallest among the sums, because a minimum is none.
-    smallest_W = passed.fired_S.new_zeros(place.world_size, dtype=passed.loss.dtype)
+    smallest, seat = passed.smallest_kept, group.seat
+    # Room for each process's own smallest among the sums, because a minimum is none.
+    smallest_W = passed.fired_S.new_zeros(seat.world_size, dtype=passed.loss.dtype)
     if smallest is not None:
-        smallest_W[place.rank] = smallest
+        smallest_W[seat.rank] = smallest
     scalars = torch.stack([passed.l0, *passed.parts.values()])
     mine = [scalars, smallest_W, passed.fired_S.to(scalars)]
     sums = group.sum(torch.cat([part.to(scalars) for part in mine]))
     scalars, smallest_W, fired_S = torch.split(sums, [len(part) for part in mine])
-    l0, *parts = (scalars / place.world_size).unbind()
+    l0, *parts = (scalars / seat.world_size).unbind()
     return replace(
         passed,
         l0=l0,
@@ -105,5 +105,5 @@ def largest_of_processes(value_N: Tensor, count: int, group: Group) -> Tensor:
     limit = all_M.kthvalue(len(all_M) - count + 1).values
     above_M, equal_M = all_M > limit, all_M == limit
     kept_M = above_M | (equal_M & (equal_M.cumsum(0) <= count - above_M.sum()))
-    start = sum(sizes[: group.place.rank])
+    start = sum(sizes[: group.seat.rank])
     return kept_M[start : start + len(value_N)]

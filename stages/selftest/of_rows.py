@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,37 +53,36 @@ def shrinking_sae(mean: float) -> Sae:
 def reconstruction() -> Iterator[Check]:
     """A mean far from 0: what squares before it takes the mean would say 0.99."""
     m2 = FAR**2
-    names = (
-        "explained_variance", "fvu", "mse", "mse_per_token", "l0", "l1", "dead_fraction", "cosine",
-        "density",
-    )  # fmt: skip
-    found = judge_rows(
-        shrinking_sae(FAR), eight_rows(FAR), {name: {} for name in names}, rows_a_document=8
+    cosine_sum = (
+        (12 + m2) / sqrt((32 + m2) * (9 + m2))  # a and b
+        + 3 * (12 + m2) / sqrt((16 + m2) * (9 + m2))  # a alone, in three rows
+        + m2 / sqrt((16 + m2) * m2)  # b alone
+        + 3  # neither
     )
-    yield from checks_of("explained_variance", found["explained_variance"], {"explained_variance": 1 - 36 / 56})  # fmt: skip
-    yield from checks_of("fvu", found["fvu"], {"fvu": 36 / 56})
-    yield from checks_of("mse", found["mse"], {"mse": 36 / 32})
-    yield from checks_of("mse_per_token", found["mse_per_token"], {"mse_per_token": 36 / 8})
-    yield from checks_of("l0", found["l0"], {"l0": 4 / 8})
-    yield from checks_of("l1", found["l1"], {"l1": 4 * 3 / 8})
-    yield from checks_of("dead_fraction", found["dead_fraction"], {"dead_fraction": 2 / 3})
-    yield from checks_of("density", found["density"], {"density_max": 4 / 8, "density_p50": 0.0})
-    # Both, a alone (three rows), b alone, neither (three rows).
-    cosine = (
-        (12 + m2) / sqrt((32 + m2) * (9 + m2))
-        + 3 * (12 + m2) / sqrt((16 + m2) * (9 + m2))
-        + m2 / sqrt((16 + m2) * m2)
-        + 3
-    ) / 8
-    yield from checks_of("cosine", found["cosine"], {"cosine": cosine})
+    expected = {
+        "explained_variance": {"explained_variance": 1 - 36 / 56},
+        "fvu": {"fvu": 36 / 56},
+        "mse": {"mse": 36 / (8 * 4)},
+        "mse_per_token": {"mse_per_token": 36 / 8},
+        "l0": {"l0": 4 / 8},
+        "l1": {"l1": 4 * 3 / 8},
+        "dead_fraction": {"dead_fraction": 2 / 3},
+        "density": {"density_max": 4 / 8, "density_p50": 0.0},
+        "cosine": {"cosine": cosine_sum / 8},
+    }
+    options: dict[str, dict[str, Any]] = {name: {} for name in expected}
+    found = judge_rows(shrinking_sae(FAR), eight_rows(FAR), options, rows_a_document=8)
+    for metric, values in expected.items():
+        yield from checks_of(metric, found[metric], values)
 
 
 def shrinkage() -> Iterator[Check]:
     """Without a mean, which gamma would hide behind: 36 / 48."""
-    metrics = {"gamma": {}, "explained_variance": {}}
-    found = judge_rows(shrinking_sae(0.0), eight_rows(0.0), metrics, rows_a_document=8)
-    yield from checks_of("gamma", found["gamma"], {"gamma": 3 / 4})
-    yield from checks_of("explained_variance", found["explained_variance"], {"explained_variance": 1 - 36 / 56})  # fmt: skip
+    expected = {"gamma": 36 / 48, "explained_variance": 1 - 36 / 56}
+    options: dict[str, dict[str, Any]] = {name: {} for name in expected}
+    found = judge_rows(shrinking_sae(0.0), eight_rows(0.0), options, rows_a_document=8)
+    for metric, value in expected.items():
+        yield from checks_of(metric, found[metric], {metric: value})
 
 
 def other_definitions() -> Iterator[Check]:
@@ -92,8 +92,8 @@ def other_definitions() -> Iterator[Check]:
     legacy variant: of a row 1 - ||x - x_hat||^2 / ||x - mean||^2, and its mean. The error: divided
     by the rows twice. All in one batch.
     """
-    metrics = {"compat_saebench": {}}
-    found = judge_rows(shrinking_sae(0.0), eight_rows(0.0, copies=1), metrics, rows_a_document=8)
+    options: dict[str, dict[str, Any]] = {"compat_saebench": {}}
+    found = judge_rows(shrinking_sae(0.0), eight_rows(0.0, copies=1), options, rows_a_document=8)
     legacy = ((1 - 17 / 13) + 3 * (1 - 1 / 5) + (1 - 16 / 13) + 3 * 1) / 8
     expected = {
         "compat_saebench_explained_variance": 1 + (36 / 8) / 68,
@@ -116,7 +116,7 @@ def pursuit() -> Iterator[Check]:
     sae = relu_sae(directions_SD.roll(-1, 0).T, directions_SD)
     row_SD = 3 * directions_SD + 2 * directions_SD.roll(-1, 0) + directions_SD.roll(-2, 0)
     found = judge_rows(sae, row_SD.repeat(8, 1), {"ito": {"ks": (1, 2)}}, rows_a_document=8)
-    expected: dict[str, float | None] = {
+    expected = {
         "ito_explained_variance_k1": 1 - 5 / 9.5,
         "ito_explained_variance_k2": 1 - 1 / 9.5,
         "encoder_explained_variance_k1": 1 - 23 / 9.5,
@@ -133,21 +133,19 @@ def intervals() -> Iterator[Check]:
         shrinking_sae(FAR), eight_rows(FAR), {"explained_variance": {}}, rows_a_document=8
     )
     ev = found["explained_variance"].values["explained_variance"]
-    for name, end in (("low", ev.low), ("high", ev.high)):
-        yield Check(
-            metric="explained_variance", value=f"{name} end", expected=1 - 36 / 56, found=end
-        )
+    for name, end in (("lower end", ev.low), ("upper end", ev.high)):
+        yield Check(metric="explained_variance", name=name, expected=1 - 36 / 56, found=end)
     sae = relu_sae(torch.eye(2), torch.eye(2))
     x_BD = torch.ones(400, 2)
     x_BD[::2] = -1.0
     l0 = judge_rows(sae, x_BD, {"l0": {}}, rows_a_document=1)["l0"].values["l0"]
-    yield Check(metric="l0", value="l0", expected=1.0, found=l0.value)
+    yield Check(metric="l0", name="l0", expected=1.0, found=l0.value)
     assert l0.low is not None
     assert l0.high is not None
     width = 2 * 1.96 / 20
     yield Check(
         metric="l0",
-        value="width of the interval",
+        name="width of the interval",
         expected=width,
         found=l0.high - l0.low,
         tolerance=0.15 * width,

@@ -14,15 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from ..evaluation.judged import JudgedSae
 from ..metrics import get_metric
-from .base import Check, checks_of, labelled_task
-from .by_hand import relu_sae
+from .base import Check, checks_of
+from .planted import LETTERS, ByHand, orthonormal, task_of
 
-LETTERS = [chr(ord("a") + place) for place in range(26)]
 N_TRAIN, N_TEST = 20, 10
 TRAIN_ABSORBED, HALF_ABSORBED = 4, 2
 N_OWN = 100  # own directions, which words of different letters share
@@ -31,10 +29,11 @@ N_OWN = 100  # own directions, which words of different letters share
 def absorption() -> Iterator[Check]:
     """Full absorption is the share of the wholly absorbed; those by half count 1/2 in the fraction."""
     d_in = 1 + len(LETTERS) + N_OWN
-    rng = np.random.default_rng(0)
-    basis_DD = np.linalg.qr(rng.normal(size=(d_in, d_in)))[0].T
+    basis_DD = orthonormal(d_in, d_in, np.random.default_rng(0))
     letter_CD, own_OD = basis_DD[1:27], basis_DD[27:]
-    x, label, split, writes, fired = [], [], [], list(letter_CD), []
+    x: list[NDArray[np.float64]] = []
+    label, split, writes = [], [], list(letter_CD)
+    fired: list[tuple[int, int, float]] = []
     for letter in range(26):
         for word in range(N_TRAIN + N_TEST):
             place = word - N_TRAIN if word >= N_TRAIN else word
@@ -56,31 +55,20 @@ def absorption() -> Iterator[Check]:
     latents_IS = csr_array(
         (value_N, (item_N, latent_N)), shape=(len(x), len(writes)), dtype=np.float32
     )
-    task = labelled_task(
-        np.array(x),
-        np.array(label),
-        np.array(split),
-        name="letter",
-        classes=LETTERS,
-        suite="letters",
-    )
-    W_dec_SD = torch.from_numpy(np.array(writes)).float()
+    task = task_of(np.array(x), np.array(label), np.array(split), classes=LETTERS)
     metric = get_metric("absorption")
-    metric.observe(task, JudgedSae(relu_sae(W_dec_SD.T, W_dec_SD), {"name": "by hand"}), latents_IS)
+    metric.observe(task, ByHand(np.array(writes)), latents_IS)
     whole = sum(letter % 4 for letter in range(26)) / (26 * N_TEST)
     fraction = whole + HALF_ABSORBED / N_TEST / 2
     found_share = [1 - (letter % 4) / N_TEST for letter in range(26)]
-    expected: dict[str, float | None] = {
+    found = metric.result(seed=0)
+    expected = {
         "full_absorption": whole,
         "full_absorption_score": 100 * (1 - whole),
-        "absorption_fraction": fraction,
         "probe_f1": 1.0,
         "k1_f1": float(np.mean([2 * share / (1 + share) for share in found_share])),
         "main_latents": 1.0,
     }
-    found = metric.result(seed=0)
-    # The fraction weighs what latents bring against the projection on a fitted probe.
-    loose = ("absorption_fraction",)
-    exact = {name: value for name, value in expected.items() if name not in loose}
-    yield from checks_of("absorption", found, exact)
-    yield from checks_of("absorption", found, {name: expected[name] for name in loose}, 0.01)
+    yield from checks_of("absorption", found, expected)
+    # It weighs what latents bring against the projection on a fitted probe.
+    yield from checks_of("absorption", found, {"absorption_fraction": fraction}, 0.01)

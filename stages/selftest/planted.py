@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from sae_pipe.stages.evaluation.judged import Judged
-from sae_pipe.stages.metrics.base import TaskData
+from ..evaluation.judged import Judged
+from ..metrics.base import TaskData
 
 LETTERS = [chr(ord("a") + place) for place in range(26)]
 
 
 class ByHand(Judged):
-    """A judged dictionary that is only a decoder: its latents are written down by the test."""
+    """A judged dictionary that is only a decoder: its latents are written down beside it."""
 
     def __init__(self, W_dec_SD: NDArray[np.floating]) -> None:
         W_dec = torch.tensor(W_dec_SD, dtype=torch.float32)

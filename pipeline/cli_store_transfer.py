@@ -1,0 +1,107 @@
+"""sae-pipe store push and pull: stores sent to an address and fetched from one."""
+
+import re
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..storage.address import STORE_HELP, Address, only_local, place
+from .errors import told_to_the_user
+
+_POWERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file to `sae-pipe store`."""
+    app.command()(push)
+    app.command()(pull)
+
+
+def open_bar_of(what: str) -> Any:
+    """Opens a progress bar, given bytes in all and bytes done already."""
+    from ..stages.progress import progress
+
+    def open_bar(total: int, done: int) -> AbstractContextManager[Any]:
+        bar: Any = progress(total, what, "B")
+        bar.initial = bar.n = done
+        bar.refresh()
+        return bar  # type: ignore[no-any-return]
+
+    return open_bar
+
+
+@told_to_the_user
+def push(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="The store here, such as acts.zarr.")
+    ],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="DST",
+            help="Where to, such as s3://bucket/acts.zarr or hf://datasets/USER/REPO/acts.zarr.",
+        ),
+    ],
+) -> None:
+    """Send a store to an address, several files at once, its manifest last.
+
+    Every file is compared with its digest before it is sent. The same command goes on with what was
+    interrupted, and sends only what is missing. Credentials are taken from the environment or the
+    profile files of the service.
+    """
+    path, where = only_local(place(source), "A store is pushed from this machine"), place(target)
+    if isinstance(where, Address):
+        from ..storage.push import push as send
+
+        send(path, where, say=typer.echo, open_bar=open_bar_of("push"))
+        return
+    from ..storage.pull import pull as fetch
+
+    fetch(path, where, say=typer.echo, open_bar=open_bar_of("push"))
+
+
+@told_to_the_user
+def pull(
+    source: Annotated[str, typer.Argument(metavar="SRC", help=STORE_HELP)],
+    target: Annotated[str, typer.Argument(metavar="DST", help="The folder to fetch it to.")],
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            help="Fetch only so many training rows, such as 50M, in whole shards: a fair sample, "
+            "which is a store of its own."
+        ),
+    ] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="Or such a fraction of them, such as 0.1.")
+    ] = None,
+) -> None:
+    """Fetch a store, or a fair part of it, into a folder.
+
+    Every file is compared with its digest; the manifest is written last. The same command goes on
+    with what was interrupted.
+    """
+    from ..storage.pull import Part
+    from ..storage.pull import pull as fetch
+
+    part = Part(rows=None if rows is None else whole_rows(rows), fraction=fraction)
+    into = place(target)
+    if isinstance(into, Address):
+        from ..storage import InputError
+
+        raise InputError(
+            f"A store is pulled into a folder, and {into} is an address. Pass a folder, or use "
+            "`sae-pipe store push` to send a store there."
+        )
+    fetch(place(source), Path(into), part, say=typer.echo, open_bar=open_bar_of("pull"))
+
+
+def whole_rows(text: str) -> int:
+    """50000000 of 50M, 50000k or 50_000_000; InputError for anything else."""
+    from ..storage import InputError
+
+    found = re.fullmatch(r"(\d[\d_]{0,20}(?:\.\d{1,9})?)([kKmMbBgG]?)", text.strip(), re.ASCII)
+    if found is None:
+        raise InputError(f"--rows is {text!r}, and has to be a number such as 50M or 50000000.")
+    return int(float(found[1].replace("_", "")) * _POWERS[found[2].lower()])

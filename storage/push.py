@@ -1,0 +1,191 @@
+"""A store sent to an address, file by file, its manifest last: readers never see half a store.
+
+What was sent is noted in the cache folder, with the version that the service gave it (an ETag or the
+like), so that a push that was killed goes on without sending it again. A version is no proof of
+content; that it is the one that was noted proves that nobody has replaced what was sent. Every file
+is compared with its SHA-256 before it is sent, and its size with what has arrived; services check
+what they are sent by checksums of their own. Once the manifest is there, all of it was sent: then
+only what is missing, or has another size, is sent again.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .address import Address
+from .bar import Bar, OpenBar, no_bar
+from .disk import human_bytes
+from .errors import InputError, NetworkError, StoreError
+from .files import disk_error, file_digest
+from .manifest import MANIFEST, MANIFEST_LIMIT_BYTES, checked_manifest, parse_json
+from .remote import Link
+from .shard_cache import Cache
+from .store_source import LocalSource
+from .verify import StoredFile, stored_files
+
+FILES_AT_ONCE = 4
+
+Say = Callable[[str], object]
+
+
+def push(source: Path, address: Address, *, say: Say = print, open_bar: OpenBar = no_bar) -> None:
+    """Send a complete store to an address, or go on with that.
+
+    Raises InputError where another store stands or nothing can be written, StoreError for a local
+    store that is unfinished or damaged and for a service that says no, NetworkError when patience
+    with a lost connection has ended.
+    """
+    check_can_write(address)
+    local = LocalSource(source)
+    files = stored_files(source, local.manifest)
+    link = Link(address)
+    try:
+        is_there = _same_is_there(link, local)
+        job = Sending(link, source)
+        missing = job.missing(files, trust=is_there)
+        total = sum(file.bytes for file in files)
+        left = sum(file.bytes for file in missing)
+        if is_there == local.data and not missing:
+            say(f"{address} is complete: {len(files):,} files, as here. Nothing to do.")
+            return
+        with open_bar(total, total - left) as bar:
+            job.send(missing, bar)
+        link.put_bytes(local.data, MANIFEST)
+        job.forget()
+    finally:
+        link.end()
+    kept = f"; {human_bytes(total - left)} were there already" if left < total else ""
+    say(f"{address} is complete: {len(files):,} files, {human_bytes(left)} sent{kept}.")
+
+
+def check_can_write(address: Address) -> None:
+    """InputError for addresses that can only be read."""
+    if not address.scheme.can_write:
+        raise InputError(
+            f"{address} cannot be written: a web server is only read from. Push to s3://, gs://, "
+            "az:// or hf://, or copy the folder to where the server has its files."
+        )
+
+
+def _same_is_there(link: Link, local: LocalSource) -> bytes | None:
+    """The manifest at the address, if it is of the same rows; InputError for any other."""
+    try:
+        data = link.read_small(MANIFEST, MANIFEST_LIMIT_BYTES)
+    except FileNotFoundError:
+        return None
+    there = checked_manifest(parse_json(data, f"{link.address}/{MANIFEST}"), link.address)
+    if there.get("digest") != local.manifest["digest"]:
+        raise InputError(
+            f"{link.address} holds another store, with the digest {there.get('digest')}; that of "
+            f"{local.place} is {local.manifest['digest']}. Push to another address, or remove what "
+            "is there first."
+        )
+    return data
+
+
+class Sending:
+    """Files of a local store on their way to an address."""
+
+    def __init__(self, link: Link, root: Path) -> None:
+        self._link, self._root = link, root
+        self._notes = _Notes(link.address)
+        self._there: dict[str, tuple[int, str]] | None = None
+
+    def missing(self, files: Sequence[StoredFile], *, trust: object = None) -> list[StoredFile]:
+        """Files that are not known to be there.
+
+        trust: whether what has the right size is there, unless it is noted otherwise.
+        """
+        there = self._there = self._there or self._link.listing()
+
+        def is_sent(file: StoredFile) -> bool:
+            size, version = there.get(file.name, (-1, ""))
+            noted = self._notes.known.get(file.name)
+            if size != file.bytes:
+                return False
+            if noted is None:
+                return bool(trust)
+            return noted == (file.sha256, version)
+
+        return [file for file in files if not is_sent(file)]
+
+    def send(self, files: Sequence[StoredFile], bar: Bar) -> None:
+        """Send files, several at once; StoreError for one that is not as it is recorded here."""
+        lock, groups = threading.Lock(), self._link.groups(files, lambda file: file.bytes)
+
+        def send(group: Sequence[StoredFile]) -> None:
+            for file in group:
+                self._check(file)
+            versions = self._link.put([(self._root / f.name, f.name) for f in group])
+            for file, (size, version) in zip(group, versions, strict=True):
+                if size not in (None, file.bytes):
+                    raise NetworkError(
+                        f"{self._link.address}/{file.name} has {size:,} bytes there after {file.bytes:,} "
+                        "were sent. Run the same command again; if it happens twice, look at the "
+                        "service."
+                    )
+                with lock:
+                    self._notes.add(file.name, file.sha256, version)
+                    if self._there is not None:
+                        self._there[file.name] = file.bytes, version
+                    bar.update(file.bytes)
+
+        with ThreadPoolExecutor(self._link.groups_at_once(FILES_AT_ONCE), "send") as pool:
+            jobs = [pool.submit(send, group) for group in groups]
+            try:
+                for job in jobs:
+                    job.result()
+            finally:
+                for job in jobs:
+                    job.cancel()
+
+    def _check(self, file: StoredFile) -> None:
+        try:
+            is_same = file_digest(self._root / file.name) == file.sha256
+        except OSError as error:
+            raise StoreError(
+                f"{self._root / file.name} cannot be read ({error.strerror}). Run `sae-pipe store "
+                f"repair {self._root}`, then push again."
+            ) from error
+        if not is_same:
+            raise StoreError(
+                f"{self._root / file.name} does not have its recorded digest, so it was not sent. "
+                f"Run `sae-pipe store repair {self._root}`, then push again."
+            )
+
+    def forget(self) -> None:
+        """The manifest is there and says it all."""
+        self._notes.remove()
+
+
+class _Notes:
+    """What was sent to an address: name, SHA-256, version; a line each, appended when it is there."""
+
+    def __init__(self, address: Address) -> None:
+        name = hashlib.sha256(str(address).encode()).hexdigest()[:32]
+        self._file = Cache.from_environment().root / "pushes" / f"{name}.jsonl"
+        self.known: dict[str, tuple[str, str]] = {}
+        lines = self._file.read_bytes().split(b"\n") if self._file.is_file() else []
+        for line in lines[:-1]:  # what a kill has cut off is no line
+            try:
+                name, sha256, version = json.loads(line)
+                self.known[str(name)] = str(sha256), str(version)
+            except (ValueError, TypeError):
+                continue
+
+    def add(self, name: str, sha256: str, version: str) -> None:
+        line = json.dumps([name, sha256, version]).encode() + b"\n"
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("ab") as file:
+                file.write(line)
+        except OSError as error:
+            raise disk_error(error, self._file) from error
+        self.known[name] = sha256, version
+
+    def remove(self) -> None:
+        self._file.unlink(missing_ok=True)
+        self.known = {}
