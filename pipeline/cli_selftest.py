@@ -16,6 +16,10 @@ FAILED = 1
 
 @told_to_the_user
 def selftest(
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="A case to try; several times for several. Default: all."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the checks as JSON instead.")
     ] = False,
@@ -28,12 +32,12 @@ def selftest(
     from ..stages.selftest import run_cases
 
     results = []
-    for result in run_cases():
+    for result in run_cases(case or ()):
         results.append(result)
         if not as_json:
             typer.echo(_shown(result))
     checks = [check for result in results for check in result.checks]
-    n_failed = sum(not check.passed for check in checks)
+    n_failed = sum(result.n_failed for result in results)
     if as_json:
         typer.echo(json.dumps({"failed": n_failed, "cases": [_plain(each) for each in results]}))
     else:
@@ -49,9 +53,11 @@ def _shown(result: "CaseResult") -> str:
     for check in result.checks:
         verdict = "pass" if check.passed else "FAIL"
         lines.append(
-            f"  {verdict}  {check.name:<28} expected {check.expected:>10.6g}   found "
+            f"  {verdict}  {check.name:<42} expected {check.expected:>10.6g}   found "
             f"{_number(check):>10}   within {check.tolerance:g}"
         )
+    if result.error is not None:
+        lines += ["  FAIL  it ended with an error:", result.error.rstrip()]
     return "\n".join(lines)
 
 
@@ -61,4 +67,9 @@ def _number(check: "Check") -> str:
 
 def _plain(result: "CaseResult") -> dict[str, object]:
     checks = [asdict(check) | {"passed": check.passed} for check in result.checks]
-    return {"case": result.case, "seconds": result.seconds, "checks": checks}
+    return {
+        "case": result.case,
+        "seconds": result.seconds,
+        "checks": checks,
+        "error": result.error,
+    }

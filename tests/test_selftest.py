@@ -18,6 +18,7 @@ def results() -> list[CaseResult]:
 
 def test_every_number_is_what_it_must_be(results: list[CaseResult]) -> None:
     assert [result.case for result in results] == list(CASES)
+    assert [result.error for result in results if result.error] == []
     wrong = [check for result in results for check in result.checks if not check.passed]
     assert wrong == []
     assert all(result.checks for result in results)
@@ -25,14 +26,14 @@ def test_every_number_is_what_it_must_be(results: list[CaseResult]) -> None:
 
 @pytest.mark.parametrize("found", [None, float("nan"), 1.2])
 def test_what_is_missing_or_too_far_off_does_not_pass(found: float | None) -> None:
-    assert not Check(name="l0", expected=1.0, found=found, tolerance=0.1).passed
-    assert Check(name="l0", expected=1.0, found=1.05, tolerance=0.1).passed
+    assert not l0(found).passed
+    assert l0(1.05).passed
 
 
 def test_the_command_says_all_numbers_and_exits_with_0(
     results: list[CaseResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selftest, "run_cases", lambda: iter(results))
+    monkeypatch.setattr(selftest, "run_cases", lambda names: iter(results))
     shown = CliRunner().invoke(app, ["selftest"])
     assert shown.exit_code == 0
     n_checks = sum(len(result.checks) for result in results)
@@ -45,16 +46,38 @@ def test_the_command_says_all_numbers_and_exits_with_0(
 def test_a_number_that_is_wrong_is_shown_and_the_exit_code_is_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    wrong = Check(name="l0", expected=1.0, found=2.0, tolerance=0.1)
-    result = CaseResult(case="planted", checks=(wrong,), seconds=0.0)
-    monkeypatch.setattr(selftest, "run_cases", lambda: iter([result]))
+    result = CaseResult(case="planted", checks=(l0(2.0),), seconds=0.0)
+    monkeypatch.setattr(selftest, "run_cases", lambda names: iter([result]))
     shown = CliRunner().invoke(app, ["selftest"])
     assert shown.exit_code == 1
     assert "FAIL  l0" in shown.output
     assert "1 of 1 numbers are wrong" in shown.output
 
 
-def test_the_cases_are_about_metrics_of_the_registry() -> None:
-    """What they leave out has tests of its own, but no planted case."""
-    left_out = {"compat_saebench", "ablation_sparsity", "cosine", "density", "mse_per_token"}
-    assert left_out | {"shortcut_control"} < set(METRICS)
+def test_an_error_in_a_case_is_shown_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(CASES, "broken", "of_rows:not_there")
+    shown = CliRunner().invoke(app, ["selftest", "--case", "broken", "--case", "shrinkage"])
+    assert shown.exit_code == 1
+    assert "FAIL  it ended with an error:" in shown.output
+    assert "has no attribute 'not_there'" in shown.output
+    assert "pass  gamma" in shown.output
+    assert "2 numbers, 1 of 2 numbers are wrong" in shown.output
+
+
+def test_an_unknown_case_lists_the_known_ones() -> None:
+    shown = CliRunner().invoke(app, ["selftest", "--case", "recall"])
+    assert shown.exit_code == 2
+    known = ", ".join(CASES)
+    assert shown.stderr == f"Error: Unknown case 'recall': choose from {known}.\n"
+
+
+def test_every_metric_has_a_planted_case(results: list[CaseResult]) -> None:
+    tried = {check.metric for result in results for check in result.checks}
+    assert set(METRICS) <= tried
+    assert tried - set(METRICS) == {"ground truth", "masking"}
+
+
+def l0(found: float | None) -> Check:
+    return Check(metric="l0", name="l0", expected=1.0, found=found, tolerance=0.1)

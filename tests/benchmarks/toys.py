@@ -51,9 +51,8 @@ def known_answers(name: str, archs: Sequence[str], seeds: int) -> Iterator[str]:
     toy = get_toy(name)
     for arch in (arch for arch in toy.settings if arch in archs):
         setting, begun = toy.settings[arch], time.process_time()
-        n_seeds = seeds if setting.starts == 1 else 1
-        runs = [found(name, arch, seed) for seed in range(n_seeds)]
-        each = (time.process_time() - begun) / n_seeds / setting.starts
+        runs = [found(name, arch, seed) for seed in range(seeds)]
+        each = (time.process_time() - begun) / seeds / setting.starts
         values = {column: [getattr(run, column) for run in runs] for column in COLUMNS}
         means = [f"{statistics.fmean(values[column]):.3f}" for column in COLUMNS]
         gaps = values["recall_gap"]
