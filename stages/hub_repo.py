@@ -55,8 +55,7 @@ def parse_hub(address: str) -> HubPlace:
     found = _ADDRESS.fullmatch(path)
     if found is not None and found[1] in _OTHER_KINDS:
         raise InputError(
-            f"{address} is not a model repository, and SAEs are kept in those. "
-            "Pass hf://USER/REPO."
+            f"{address} is not a model repository, and SAEs are kept in those. Pass hf://USER/REPO."
         )
     folder = (found[4] or "") if found is not None else ""
     parts = folder.split("/") if folder else []

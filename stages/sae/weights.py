@@ -174,7 +174,10 @@ def _read_headers(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | 
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
-                name: (tuple(each.get_shape()), _DTYPE_NAMES.get(each.get_dtype(), each.get_dtype()))
+                name: (
+                    tuple(each.get_shape()),
+                    _DTYPE_NAMES.get(each.get_dtype(), each.get_dtype()),
+                )
                 for name, each in slices.items()
             }
     except (SafetensorError, OSError) as error:

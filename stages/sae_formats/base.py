@@ -193,4 +193,3 @@ def has_unit_rows(W_dec: Tensor) -> bool:
 def decoder_norm_of(W_dec: Tensor) -> str:
     """How a fit would have held these decoder rows."""
     return "unit" if has_unit_rows(W_dec) else "free"
-

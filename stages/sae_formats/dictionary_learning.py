@@ -21,7 +21,6 @@ from torch import Tensor
 from ...storage.errors import InputError
 from ...storage.files import write_json, write_whole
 from ..sae.base import Sae
-from ..sae.gated import Gated
 from ..sae.jumprelu import JumpRelu
 from ..sae.ksparse import KSparse
 from ..sae.matryoshka import Matryoshka
@@ -58,7 +57,12 @@ _LAYOUTS: dict[str, Layout] = {
         **_DECODER,
     },
     "JumpReluAutoEncoder": _NAMED_AS_OURS,
-    "AutoEncoderTopK": {"b_dec": Place("b_dec"), **_DECODER, **_ENCODER, "threshold": Place("threshold")},
+    "AutoEncoderTopK": {
+        "b_dec": Place("b_dec"),
+        **_DECODER,
+        **_ENCODER,
+        "threshold": Place("threshold"),
+    },
     "MatryoshkaBatchTopKSAE": _NAMED_AS_OURS,
 }
 _LAYOUTS["BatchTopKSAE"] = _LAYOUTS["AutoEncoderTopK"]
@@ -243,8 +247,9 @@ def _group_sizes(trainer: Json, d_sae: int, file: Path) -> list[int]:
 
 def _group_weights(trainer: Json, sizes: list[int]) -> list[float] | None:
     weights = trainer.get("group_weights")
-    is_list = isinstance(weights, list) and len(weights) == len(sizes)
-    return weights if is_list and all(type(each) is float for each in weights) else None
+    if not isinstance(weights, list) or len(weights) != len(sizes):
+        return None
+    return weights if all(type(each) is float for each in weights) else None
 
 
 def _with_counts(sae: Sae, tensors: dict[str, Tensor], trainer: Json, file: Path) -> Sae:
@@ -276,4 +281,3 @@ def _facts(trainer: Json, config: Json) -> Facts:
             "submodule_name": submodule or None,
         },
     )
-

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...storage.errors import InputError
+from ..hub_repo import SCHEME
 from ..sae.base import Sae
 from ..sae.weights import FORMAT, FORMAT_VERSION, describe_sae
 from ..taps import HOOKS
@@ -47,7 +48,9 @@ class Facts:
         if hook is not None and hook not in HOOKS:
             raise InputError(f"Hook {hook!r} is not known. Pass one of {', '.join(HOOKS)}.")
         if layer is not None and layer < 0:
-            raise InputError(f"--layer is {layer}, but layers count from 0. Pass the block's number.")
+            raise InputError(
+                f"--layer is {layer}, but layers count from 0. Pass the block's number."
+            )
         given = {"model": model, "layer": layer, "hook": hook}
         for name, value in given.items():
             known = getattr(self, name)
@@ -56,7 +59,12 @@ class Facts:
                     f"--{name} is {value!r}, but the run was fitted with {known!r}. "
                     f"Leave --{name} out."
                 )
-        return replace(self, **{name: value for name, value in given.items() if value is not None})
+        return replace(
+            self,
+            model=self.model if model is None else model,
+            layer=self.layer if layer is None else layer,
+            hook=self.hook if hook is None else hook,
+        )
 
 
 def facts_of(config: Mapping[str, Any]) -> Facts:
@@ -77,7 +85,7 @@ def facts_of(config: Mapping[str, Any]) -> Facts:
         steps=number(resolved, "steps"),
         lr=real(resolved, "lr"),
         run=portable(config) if recipe else {},
-        imported=section(config, "imported"),
+        imported=_without_path(section(config, "imported")),
     )
 
 
@@ -87,7 +95,15 @@ def portable(config: Mapping[str, Any]) -> Json:
     section(kept, "store").pop("path", None)
     section(kept, "provenance").pop("command", None)
     kept.pop("free", None)
+    if "imported" in kept:
+        kept["imported"] = _without_path(section(kept, "imported"))
     return kept
+
+
+def _without_path(imported: Json) -> Json:
+    """What an import recorded, without a folder of the machine it was made on."""
+    is_path = not str(imported.get("from", SCHEME)).startswith(SCHEME)
+    return {name: value for name, value in imported.items() if name != "from" or not is_path}
 
 
 def config_of(sae: Sae, facts: Facts) -> Json:
@@ -142,7 +158,8 @@ def number(config: Mapping[str, Any], name: str) -> int | None:
 def real(config: Mapping[str, Any], name: str) -> float | None:
     """A number, or None."""
     found = config.get(name)
-    return float(found) if type(found) in (int, float) and abs(found) < 1e300 else None
+    is_number = isinstance(found, int | float) and not isinstance(found, bool)
+    return float(found) if is_number and abs(found) < 1e300 else None
 
 
 def truth(config: Mapping[str, Any], name: str) -> bool | None:

@@ -186,7 +186,9 @@ def _compare(
         if dtype not in _FLOATS.values() and not (
             is_count and dtype in (torch.int32, torch.int64, torch.int16)
         ):
-            raise InputError(f"{file} holds {name} as {dtype}, which is no number format of weights.")
+            raise InputError(
+                f"{file} holds {name} as {dtype}, which is no number format of weights."
+            )
 
 
 def _finite(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,7 +206,9 @@ def whole_number(config: Mapping[str, Any], name: str, file: Path) -> int:
     return found
 
 
-def agree(config: Mapping[str, Any], own: Mapping[str, Any], names: Iterable[str], file: Path) -> None:
+def agree(
+    config: Mapping[str, Any], own: Mapping[str, Any], names: Iterable[str], file: Path
+) -> None:
     """InputError unless a config says of an SAE what its section for sae-pipe says."""
     for name in names:
         found, expected = config.get(name), own.get(name)

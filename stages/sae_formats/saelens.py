@@ -70,7 +70,9 @@ class SaeLens(SaeFormat):
         """Everything that a fit can make is held."""
 
     def write(self, sae: Sae, facts: Facts, folder: Path) -> Path:
-        write_whole(folder / self.weights_file, save(to_theirs(sae, _layout(sae)), {"format": "pt"}))
+        write_whole(
+            folder / self.weights_file, save(to_theirs(sae, _layout(sae)), {"format": "pt"})
+        )
         write_json(folder / self.config_file, _fields(sae) | {"metadata": _metadata(sae, facts)})
         return folder
 
@@ -111,7 +113,7 @@ def _layout(sae: Sae) -> Layout:
     if isinstance(sae, Gated):
         return _GATED
     if isinstance(sae, JumpRelu | BatchTopK):
-        return _WITH_BIAS | {"threshold": Place("threshold", spread=isinstance(sae, BatchTopK))}
+        return {**_WITH_BIAS, "threshold": Place("threshold", spread=isinstance(sae, BatchTopK))}
     return _WITH_BIAS
 
 

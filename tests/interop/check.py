@@ -44,10 +44,8 @@ def load_saelens(path: Path) -> Any:
 def load_dictionary_learning(path: Path) -> Any:
     from dictionary_learning.utils import load_dictionary
 
-    norms = torch.load(path / "ae.pt", weights_only=True)
-    dictionary, config = load_dictionary(str(path), "cpu")
+    dictionary, _ = load_dictionary(str(path), "cpu")
     scales = type(dictionary).__name__ == "AutoEncoder"  # its rows to norm 1, unless told not to
-    del norms, config
     return dictionary.encode, dictionary.decode, scales
 
 
@@ -142,7 +140,7 @@ def check(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         with torch.no_grad():
             latents, x_hat = encode(expected["x"].clone()), decode(expected["latents"].clone())
             both = decode(latents)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # whatever a package raises is the result
         return case | {"error": f"{type(error).__name__}: {error}"}
     norms = expected["row_norms"]
     if scales and not torch.allclose(norms, torch.ones_like(norms)):
@@ -252,6 +250,8 @@ def make_saelens(folder: Path) -> dict[str, Any]:
         ),
     }.items():
         randomise(training)
+        for key, value in where.items():
+            training.cfg.metadata[key] = value
         training.topk_threshold.fill_(0.4)
         training.save_inference_model(folder / f"saelens_{name}")
         from sae_lens import SAE
