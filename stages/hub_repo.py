@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
+import huggingface_hub.constants
 import huggingface_hub.errors as hub_errors
 
 from ..storage.errors import InputError, NetworkError
@@ -131,13 +132,20 @@ class Repository:
 
     def _download(self, name: str) -> Path | None:
         """The file; None when it is not cached and there is no network."""
+        # By its branch first: so the cache remembers which commit the branch was.
+        file = self._download_at(name, self.place.revision)
+        if file is None or self.commit is None or self.commit in file.parts:
+            return file
+        return self._download_at(name, self.commit)  # the branch has moved meanwhile
+
+    def _download_at(self, name: str, revision: str | None) -> Path | None:
         try:
             with told(self.place):
                 return Path(
                     huggingface_hub.hf_hub_download(
                         self.place.repo,
                         self.place.inside(name),
-                        revision=self.commit or self.place.revision,
+                        revision=revision,
                         local_files_only=self.commit is None,
                     )
                 )

@@ -16,7 +16,7 @@ from typing import Any
 
 import huggingface_hub
 
-from ..storage.errors import InputError, StoreError
+from ..storage.errors import InputError, NetworkError, StoreError
 from .hub_repo import HubPlace, Repository, hub_is_reachable, no_network, open_repository, parse_hub
 from .hub_repo import told as told_by_hub
 from .rundir import RunFolder
@@ -154,10 +154,23 @@ def _commit(config: PushConfig, files: dict[str, bytes | Path], there: Repositor
         huggingface_hub.CommitOperationDelete(path_in_repo=f"{path.partition('/')[0]}/")
         for path in old
     ]
-    with told_by_hub(config.place):
-        commit = huggingface_hub.HfApi().create_commit(
-            config.place.repo, operations, commit_message=f"sae-pipe: {config.run.resolve().name}"
-        )
+    try:
+        with told_by_hub(config.place):
+            commit = huggingface_hub.HfApi().create_commit(
+                config.place.repo,
+                operations,
+                commit_message=f"sae-pipe: {config.run.resolve().name}",
+            )
+    except RuntimeError as error:  # of the client, whatever breaks off while a file is sent
+        raise NetworkError(
+            f"The upload to {config.place} broke off ({error}). Nothing of it is published; run "
+            "the same command again."
+        ) from error
+    except ValueError as error:
+        if isinstance(error, InputError) or "README.md" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"The Hub refuses the card ({reason}). Pass another --license.") from error
     return str(commit.oid)
 
 

@@ -158,8 +158,9 @@ def number(config: Mapping[str, Any], name: str) -> int | None:
 def real(config: Mapping[str, Any], name: str) -> float | None:
     """A number, or None."""
     found = config.get(name)
-    is_number = isinstance(found, int | float) and not isinstance(found, bool)
-    return float(found) if is_number and abs(found) < 1e300 else None
+    if not isinstance(found, int | float) or isinstance(found, bool):
+        return None
+    return float(found) if abs(found) < 1e300 else None
 
 
 def truth(config: Mapping[str, Any], name: str) -> bool | None:

@@ -57,7 +57,8 @@ def load_sparsify(path: Path) -> Any:
     def encode(x: torch.Tensor) -> torch.Tensor:
         found = coder.encode(x)
         dense = torch.zeros(len(x), coder.num_latents, dtype=x.dtype)
-        return dense.scatter(1, found.top_indices, found.top_acts)
+        latents: torch.Tensor = dense.scatter(1, found.top_indices, found.top_acts)
+        return latents
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
         top = latents.topk(coder.cfg.k, dim=1)
