@@ -89,7 +89,8 @@ class LocalHub(BaseHTTPRequestHandler):
         status = 409 if repo in self.repos else 200
         if repo not in self.repos:
             self.commit(repo, {".gitattributes": b""})
-            self.private |= {repo} if asked.get("visibility") == "private" else set()
+            if asked.get("visibility") == "private":
+                self.private.add(repo)
         return self._json({"url": f"{self._address()}/{repo}"}, status)
 
     def _preupload(self, repo: str, body: bytes) -> None:
@@ -123,7 +124,11 @@ class LocalHub(BaseHTTPRequestHandler):
                 files = {p: d for p, d in files.items() if not p.startswith(value["path"])}
         oid = self.commit(repo, files)
         self._json(
-            {"success": True, "commitOid": oid, "commitUrl": f"{self._address()}/{repo}/commit/{oid}"}
+            {
+                "success": True,
+                "commitOid": oid,
+                "commitUrl": f"{self._address()}/{repo}/commit/{oid}",
+            }
         )
 
     # --- reading ---

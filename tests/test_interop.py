@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sae_pipe.stages.sae import load_sae
-from sae_pipe.stages.sae_export import write_folder
-from sae_pipe.stages.sae_formats import FORMATS
 from sae_pipe.stages.sae_import import import_sae
-from sae_pipe.storage import InputError
 
-from .saes import FACTS, VARIANTS, make_sae, some_x
+from .interop.table import export_all, variants
+from .saes import VARIANTS
 
 CHECK = Path(__file__).parent / "interop" / "check.py"
 PYTHON = os.environ.get("SAE_PIPE_INTEROP_PYTHON")
@@ -64,30 +62,11 @@ def run_check(*arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def export_all(folder: Path) -> list[dict[str, Any]]:
-    """Every variant in every format that holds it, with what it computes; the cases for check.py."""
-    cases, x_BD = [], some_x()
-    for number, variant in enumerate(VARIANTS):
-        sae, expected = make_sae(variant), f"{number}.expected"
-        latents_BS = sae.encode(x_BD)
-        tensors = {"x": x_BD, "latents": latents_BS, "x_hat": sae.decode(latents_BS)}
-        save_file(tensors | {"row_norms": sae.W_dec.norm(dim=1)}, folder / expected)
-        for format in FORMATS:
-            try:
-                inside = write_folder(sae, FACTS, format, folder / f"{number}_{format}")
-            except InputError:
-                continue
-            path = str(inside.relative_to(folder))
-            cases.append({"name": variant, "format": format, "path": path, "expected": expected})
-    (folder / "cases.json").write_text(json.dumps(cases))
-    return cases
-
-
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
     """(variant, format) -> what the real package made of it."""
     folder = tmp_path_factory.mktemp("exported")
-    export_all(folder)
+    export_all(variants(), folder)
     run_check("load", str(folder))
     results = json.loads((folder / "results.json").read_text())["cases"]
     return {(each["name"], each["format"]): each for each in results}

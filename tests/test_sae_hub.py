@@ -517,7 +517,7 @@ def test_a_card_that_the_hub_refuses_is_told(hub: type[LocalHub], run: Path) -> 
 )
 def test_a_push_that_cannot_be_is_refused_at_once(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-        PushConfig(**({"run": Path("run"), "address": PLACE} | changes))
+        PushConfig(**{"run": Path("run"), "address": PLACE, **changes})
 
 
 def test_an_address_has_a_revision_and_a_folder() -> None:

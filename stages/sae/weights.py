@@ -5,8 +5,9 @@ what else the architecture's constructor takes; a run's config.json holds the re
 Nothing is ever pickled.
 """
 
-import json
+import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ...storage.errors import StoreError
 from ...storage.files import write_json, write_whole
+from ..plain_json import parse_plain_json
 from . import ARCHITECTURES, get_architecture
 from .base import Sae
 
@@ -82,8 +84,8 @@ def load_config(folder: Path) -> Any:
     if file.stat().st_size > CONFIG_LIMIT_BYTES:
         raise StoreError(f"{file} is damaged: a config of that size cannot be. Fit the run again.")
     try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return parse_plain_json(file.read_bytes())
+    except ValueError as error:
         raise StoreError(
             f"{file} is damaged: it is not JSON ({error}). Fit the run again."
         ) from error
@@ -133,10 +135,38 @@ def rebuild_sae(section: Any) -> Sae:
         given = sizes if sizes[2] is not None else sizes[:2]  # k: of those that have one
         if any(type(size) is not int or size < 1 for size in given):
             raise ValueError(f"sizes {sizes}")
+        _check_types(architecture, options)
         with torch.device("meta"):
             return architecture(**options)
     except (KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(str(error)) from error
+
+
+def _check_types(architecture: type[Sae], options: dict[str, Any]) -> None:
+    """ValueError for a value that JSON allows and the constructor does not expect."""
+    for name, parameter in inspect.signature(architecture).parameters.items():
+        expected, value = _TYPES.get(str(parameter.annotation)), options.get(name)
+        is_default = name not in options or value is parameter.default
+        if expected is not None and not is_default and not expected(value):
+            raise ValueError(f"{name} is {str(value)[:100]!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_list_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(kind(each) for each in value)
+
+
+# Annotations of constructors, which are texts there, and whether a value is one.
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "bool": lambda value: isinstance(value, bool),
+    "str": lambda value: isinstance(value, str),
+    "float": _is_number,
+    "Sequence[int]": _is_list_of(lambda value: type(value) is int),
+    "Sequence[float] | None": _is_list_of(_is_number),
+}
 
 
 def weights_limit_bytes(sae: Sae) -> int:

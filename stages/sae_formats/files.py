@@ -7,7 +7,6 @@ archive whose entries are stored as they are, so that nothing can be larger than
 
 from __future__ import annotations
 
-import json
 import math
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -19,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...storage.errors import InputError
+from ..plain_json import parse_plain_json
 from ..sae.weights import CONFIG_LIMIT_BYTES
 
 Shapes = Mapping[str, tuple[int, ...]]
 SLACK_BYTES = 1 << 20  # headers, names, padding
 _LARGEST = torch.float64.itemsize
-_PICKLE_LIMIT_BYTES = 1 << 20  # names and shapes of a dozen tensors
+_PICKLE_LIMIT_BYTES = 1 << 16  # names and shapes of a dozen tensors
 _ZIP_ENTRIES = 1000
 _SAFE_TORCH = (2, 10)  # earlier ones believe what a .pt says about the length of its own entries
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -46,15 +46,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, what: str) -> Any:
-    """JSON as it is defined, without NaN. what: the beginning of a sentence. Raises InputError."""
+    """JSON as it is defined. what: the beginning of a sentence. Raises InputError."""
     try:
-        return json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        return parse_plain_json(text)
+    except ValueError as error:
         raise InputError(f"{what} is damaged: it is not JSON ({error}). Fetch it again.") from error
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number of JSON")
 
 
 def check_file(file: Path) -> None:

@@ -60,7 +60,7 @@ def load_sparsify(path: Path) -> Any:
         latents: torch.Tensor = dense.scatter(1, found.top_indices, found.top_acts)
         return latents
 
-    def decode(latents: torch.Tensor) -> torch.Tensor:
+    def decode(latents: torch.Tensor) -> Any:
         top = latents.topk(coder.cfg.k, dim=1)
         return coder.decode(top.values, top.indices)
 
