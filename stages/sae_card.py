@@ -14,6 +14,7 @@ from typing import Any
 
 from .sae.base import Sae
 from .sae.weights import describe_sae
+from .sae_formats import get_format
 from .sae_formats.facts import Facts, section
 
 MARKER = (
@@ -35,33 +36,6 @@ _RECIPE = (
     "tokens", "batch_size", "lr", "steps", "warmup_steps", "decay_start_step", "auxk_coefficient",
     "sparsity", "norm_factor", "seed", "order_seed", "dtype", "epochs",
 )  # fmt: skip
-_LOADING = {
-    "saelens": ("SAELens", "from sae_lens import SAE\n\nsae = SAE.from_pretrained({repo!r}, {folder!r})"),
-    "dictionary_learning": (
-        "dictionary_learning",
-        "from dictionary_learning.utils import load_dictionary\n"
-        "from huggingface_hub import snapshot_download\n\n"
-        "folder = snapshot_download({repo!r}, allow_patterns={pattern!r})\n"
-        'dictionary, config = load_dictionary(f"{{folder}}/{folder}", "cpu")',
-    ),
-    "saebench": (
-        "SAEBench",
-        "from sae_bench.custom_saes import batch_topk_sae  # or that of another architecture\n"
-        "# its load_dictionary_learning_..._sae takes\n"
-        "# repo_id={repo!r}, filename={file!r}",
-    ),
-    "sparsify": (
-        "sparsify",
-        "from sparsify import SparseCoder\n\n"
-        "sae = SparseCoder.load_from_hub({repo!r}, hookpoint={inside!r})",
-    ),
-    "safetensors": (
-        "safetensors",
-        "from huggingface_hub import hf_hub_download\n"
-        "from safetensors.torch import load_file\n\n"
-        'tensors = load_file(hf_hub_download({repo!r}, "{folder}/sae.safetensors"))',
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +91,9 @@ class Card:
         )
         found = ["## Load it", f"With sae-pipe:\n\n{_code(own)}"]
         for format, folder in self.folders.items():
-            name, code = _LOADING[format]
-            filled = code.format(
-                repo=self.repo,
-                folder=folder,
-                inside=folder,
-                pattern=f"{folder}/*",
-                file=f"{folder}/ae.pt",
-            )
-            found.append(f"With {name}:\n\n{_code(filled)}")
+            form = get_format(format)
+            code = form.loading(sae=self.sae, facts=self.facts, repo=self.repo, folder=folder)
+            found.append(f"With {form.tool}:\n\n{_code(code)}")
         found += [escaped(f"Not for {name}: {why}") for name, why in self.refused.items()]
         return found
 

@@ -54,7 +54,10 @@ class LocalHub(BaseHTTPRequestHandler):
         if found is None:
             return self._resolve(head=False)
         files = self._at(found[1], unquote(found[2] or "main"))
-        return None if files is None else self._json({"id": found[1], "sha": files[0]})
+        if files is None:
+            return None
+        siblings = [{"rfilename": path} for path in files[1]]
+        return self._json({"id": found[1], "sha": files[0], "siblings": siblings})
 
     def do_PUT(self) -> None:
         data = self._body()

@@ -11,17 +11,20 @@ They live in an environment of their own, because their dependencies exclude our
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sae_pipe.stages.sae import load_sae
-from sae_pipe.stages.sae_import import import_sae
+from sae_pipe.stages.sae_formats import FORMATS
+from sae_pipe.stages.sae_import import import_sae, write_run
 
 from .interop.table import export_all, variants
-from .saes import VARIANTS
+from .local_hub import TOKEN, LocalHub, serving
+from .saes import FACTS, VARIANTS, make_sae, some_x
 
 CHECK = Path(__file__).parent / "interop" / "check.py"
 PYTHON = os.environ.get("SAE_PIPE_INTEROP_PYTHON")
@@ -47,6 +50,7 @@ MADE = {
     "sparsify_topk": "topk",
 }
 
+pytestmark = pytest.mark.timeout(900)  # importing all of them takes minutes on a busy machine
 needs_packages = pytest.mark.skipif(
     PYTHON is None or not Path(PYTHON).is_file(),
     reason="no environment with the real packages: build one with tests/interop/build_env.sh and "
@@ -54,12 +58,18 @@ needs_packages = pytest.mark.skipif(
 )
 
 
-def run_check(*arguments: str) -> None:
+def run_check(*arguments: str, **environment: str) -> str:
     assert PYTHON is not None
     done = subprocess.run(
-        [PYTHON, str(CHECK), *arguments], capture_output=True, text=True, timeout=280, check=False
+        [PYTHON, str(CHECK), *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +117,39 @@ def test_we_compute_what_the_real_package_computes(name: str, made: Path, tmp_pa
     assert config["sae"]["architecture"] == MADE[name]
     assert config["store"]["recipe"]["layer"] == 3
     assert config["store"]["recipe"]["hook"] == "resid_post"
+
+
+@needs_packages
+@pytest.mark.parametrize(
+    ("variant", "tools"),
+    [
+        ("matryoshka", {"SAELens", "dictionary_learning", "SAEBench"}),
+        ("topk", {"SAELens", "dictionary_learning", "SAEBench", "sparsify"}),
+    ],
+)
+def test_the_code_in_a_card_loads_the_published_sae(
+    variant: str, tools: set[str], tmp_path: Path
+) -> None:
+    run, sae, x_BD = tmp_path / "run", make_sae(variant), some_x()
+    write_run(sae, FACTS, run, {"format": "test"})
+    expected, card = tmp_path / "expected", tmp_path / "README.md"
+    save_file({"x": x_BD, "latents": sae.encode(x_BD)}, expected)
+    with serving() as address:
+        here = {
+            "HF_ENDPOINT": address,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": TOKEN,
+            "HF_HOME": str(tmp_path / "home"),
+        }
+        formats = [name for name in FORMATS if variant == "topk" or name != "sparsify"]
+        command = [sys.executable, "-m", "sae_pipe.pipeline.cli", "sae", "push", str(run)]
+        arguments = ["hf://someone/sae", "--formats", ",".join(formats)]
+        subprocess.run(command + arguments, env=os.environ | here, check=True, timeout=800)
+        card.write_bytes(LocalHub.repos["someone/sae"][-1][1]["README.md"])
+        found = json.loads(run_check("card", str(card), str(expected), **here))
+    assert found.keys() == tools
+    assert max(found.values()) <= TOLERANCE
 
 
 @needs_packages

@@ -181,8 +181,8 @@ def test_the_card_says_what_it_is_how_it_was_made_and_how_to_load_it(
     for line in (
         "sae = load_sae('hf://someone/sae')",
         "sae = SAE.from_pretrained('someone/sae', 'saelens')",
-        "folder = snapshot_download('someone/sae', allow_patterns='dictionary_learning/*')",
-        'dictionary, config = load_dictionary(f"{folder}/dictionary_learning", "cpu")',
+        "place = snapshot_download('someone/sae', allow_patterns='dictionary_learning/*')",
+        'dictionary, config = load_dictionary(f"{place}/dictionary_learning", "cpu")',
         f"| store digest | {'ab' * 32} |",
         "| input masking | each token replaced by '\\.\\.\\.' with p \\= 0\\.3 |",
         f"| text | owner/text {'c' * 40} |",

@@ -41,9 +41,11 @@ Layout = Mapping[str, Place]
 
 
 class SaeFormat(ABC):
-    """One format. name: its key in FORMATS; names of its two files, of which config_file may be ""."""
+    """One format. name: its key in FORMATS; tool: who reads it; names of its two files, of which
+    config_file may be ""."""
 
     name: ClassVar[str]
+    tool: ClassVar[str]
     config_file: ClassVar[str]
     weights_file: ClassVar[str]
 
@@ -59,6 +61,10 @@ class SaeFormat(ABC):
     @abstractmethod
     def read(self, folder: Path) -> tuple[Sae, Facts]:
         """The SAE of a folder, its parameters frozen. Raises InputError for whatever it is not."""
+
+    @abstractmethod
+    def loading(self, *, sae: Sae, facts: Facts, repo: str, folder: str) -> str:
+        """Lines of Python that load it with its tool from that folder of a repository of the Hub."""
 
     def sizes(self, folder: Path) -> tuple[int, int] | None:
         """(d_in, d_sae) as the config says, before the weights are there; None without a config.

@@ -83,6 +83,7 @@ class DictionaryLearning(SaeFormat):
     """The folder that utils.load_dictionary takes."""
 
     name = "dictionary_learning"
+    tool = "dictionary_learning"
     config_file = "config.json"
     weights_file = "ae.pt"
 
@@ -115,6 +116,14 @@ class DictionaryLearning(SaeFormat):
         }
         write_json(folder / self.config_file, config)
         return folder
+
+    def loading(self, *, sae: Sae, facts: Facts, repo: str, folder: str) -> str:
+        return (
+            "from dictionary_learning.utils import load_dictionary\n"
+            "from huggingface_hub import snapshot_download\n\n"
+            f"place = snapshot_download({repo!r}, allow_patterns={folder + '/*'!r})\n"
+            f'dictionary, config = load_dictionary(f"{{place}}/{folder}", "cpu")'
+        )
 
     def sizes(self, folder: Path) -> tuple[int, int]:
         file = folder / self.config_file

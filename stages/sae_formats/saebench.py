@@ -12,10 +12,21 @@ from ...storage.errors import InputError
 from ..sae.base import Sae
 from ..sae.batch_topk import BatchTopK
 from ..sae.relu import Relu
+from ..sae.weights import describe_sae
 from .base import UNIT_TOLERANCE, has_unit_rows, refuse
 from .dictionary_learning import DictionaryLearning
 from .facts import Facts
 
+# Architecture of ours -> module of sae_bench.custom_saes, and what its loader is called after.
+_LOADERS = {
+    "relu": ("relu_sae", "relu"),
+    "p_anneal": ("relu_sae", "relu"),
+    "gated": ("gated_sae", "gated"),
+    "jumprelu": ("jumprelu_sae", "jump_relu"),
+    "topk": ("topk_sae", "topk"),
+    "batch_topk": ("batch_topk_sae", "batch_topk"),
+    "matryoshka": ("batch_topk_sae", "matryoshka_batch_topk"),
+}
 _INSTEAD = "--format saelens, which SAEBench takes as well"
 
 
@@ -23,6 +34,19 @@ class SaeBench(DictionaryLearning):
     """Read as dictionary_learning, which it is."""
 
     name = "saebench"
+    tool = "SAEBench"
+
+    def loading(self, *, sae: Sae, facts: Facts, repo: str, folder: str) -> str:
+        module, kind = _LOADERS[describe_sae(sae)["architecture"]]
+        loader = f"load_dictionary_learning_{kind}_sae"
+        model = (facts.model or "").rpartition("/")[2]
+        return (
+            f"import torch\nfrom sae_bench.custom_saes.{module} import {loader}\n\n"
+            f"sae = {loader}(\n"
+            f"    repo_id={repo!r},\n    filename={folder + '/ae.pt'!r},\n"
+            f'    model_name={model!r},\n    device=torch.device("cpu"),\n'
+            "    dtype=torch.float32,\n)"
+        )
 
     def check(self, sae: Sae, facts: Facts) -> None:
         super().check(sae, facts)

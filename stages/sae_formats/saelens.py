@@ -63,6 +63,7 @@ class SaeLens(SaeFormat):
     """The folder that SAE.load_from_disk takes."""
 
     name = "saelens"
+    tool = "SAELens"
     config_file = "cfg.json"
     weights_file = "sae_weights.safetensors"
 
@@ -75,6 +76,9 @@ class SaeLens(SaeFormat):
         )
         write_json(folder / self.config_file, _fields(sae) | {"metadata": _metadata(sae, facts)})
         return folder
+
+    def loading(self, *, sae: Sae, facts: Facts, repo: str, folder: str) -> str:
+        return f"from sae_lens import SAE\n\nsae = SAE.from_pretrained({repo!r}, {folder!r})"
 
     def sizes(self, folder: Path) -> tuple[int, int]:
         config = read_json(folder / self.config_file)

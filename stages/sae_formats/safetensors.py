@@ -25,6 +25,7 @@ class Plain(SaeFormat):
     """A file on its own."""
 
     name = "safetensors"
+    tool = "safetensors"
     config_file = ""
     weights_file = "sae.safetensors"
 
@@ -38,6 +39,13 @@ class Plain(SaeFormat):
         text = json.dumps(our_section(sae, facts), allow_nan=False)
         write_whole(folder / self.weights_file, save(tensors, {"format": "pt", SECTION: text}))
         return folder
+
+    def loading(self, *, sae: Sae, facts: Facts, repo: str, folder: str) -> str:
+        return (
+            "from huggingface_hub import hf_hub_download\n"
+            "from safetensors.torch import load_file\n\n"
+            f"tensors = load_file(hf_hub_download({repo!r}, {f'{folder}/{self.weights_file}'!r}))"
+        )
 
     def read(self, folder: Path) -> tuple[Sae, Facts]:
         file = folder / self.weights_file

@@ -50,6 +50,7 @@ class Sparsify(SaeFormat):
     """The folder that SparseCoder.load_from_disk takes, inside the one that load_many takes."""
 
     name = "sparsify"
+    tool = "sparsify"
     config_file = "cfg.json"
     weights_file = "sae.safetensors"
 
@@ -81,6 +82,12 @@ class Sparsify(SaeFormat):
         write_whole(inside / self.weights_file, save(to_theirs(sae, _LAYOUT), {"format": "pt"}))
         write_json(inside / self.config_file, _fields(sae) | {SECTION: our_section(sae, facts)})
         return inside
+
+    def loading(self, *, sae: Sae, facts: Facts, repo: str, folder: str) -> str:
+        return (
+            "from sparsify import SparseCoder\n\n"
+            f"coder = SparseCoder.load_from_hub({repo!r}, hookpoint={folder!r})"
+        )
 
     def sizes(self, folder: Path) -> tuple[int, int]:
         file = folder / self.config_file

@@ -4,6 +4,7 @@ folders of theirs for us to read.
     python check.py versions
     python check.py load FOLDER    cases.json of FOLDER -> results.json
     python check.py make FOLDER    SAEs that the packages themselves save, with what they compute
+    python check.py card FILE      runs the Python of a model card, block by block -> what each loads
 
 Knows nothing of sae-pipe. A case is {"name", "format", "path", "expected"}; `expected` is a safetensors
 file with x (B, D), latents (B, S), x_hat (B, D), and row_norms (S) of the decoder.
@@ -13,13 +14,14 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
@@ -54,17 +56,22 @@ def load_sparsify(path: Path) -> Any:
 
     coder = SparseCoder.load_from_disk(path)
 
-    def encode(x: torch.Tensor) -> torch.Tensor:
-        found = coder.encode(x)
-        dense = torch.zeros(len(x), coder.num_latents, dtype=x.dtype)
-        latents: torch.Tensor = dense.scatter(1, found.top_indices, found.top_acts)
-        return latents
-
     def decode(latents: torch.Tensor) -> Any:
         top = latents.topk(coder.cfg.k, dim=1)
         return coder.decode(top.values, top.indices)
 
-    return encode, decode, False
+    return encoder_of(coder), decode, False
+
+
+def encoder_of(coder: Any) -> Any:
+    """sparsify gives the k latents of a row and their indices; here are all of them."""
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        found = coder.encode(x)
+        dense = torch.zeros(len(x), coder.num_latents, dtype=x.dtype)
+        return dense.scatter(1, found.top_indices, found.top_acts)
+
+    return encode
 
 
 def load_saebench(path: Path) -> Any:
@@ -163,6 +170,24 @@ def load(folder: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             results.append(check(case, folder))
     (folder / "results.json").write_text(json.dumps({"versions": versions(), "cases": results}))
+
+
+def card(text: str, expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The largest difference of latents, for each tool whose lines in a card load the SAE."""
+    found = {}
+    for tool, code in re.findall(
+        r"^With (\S+):\n\n```python\n(.*?)```", text, re.DOTALL | re.MULTILINE
+    ):
+        if tool in ("sae-pipe", "safetensors"):
+            continue
+        names: dict[str, Any] = {}
+        exec(code, names)  # noqa: S102  # of the card that the test has generated
+        sae = next(names[name] for name in ("sae", "dictionary", "coder") if name in names)
+        encode = encoder_of(sae) if tool == "sparsify" else sae.encode
+        with torch.no_grad():
+            latents = encode(expected["x"].clone())
+        found[tool] = float((latents - expected["latents"]).abs().max())
+    return found
 
 
 # --- their writers ---
@@ -329,6 +354,10 @@ def main() -> None:
     command, *rest = sys.argv[1:]
     if command == "versions":
         print(json.dumps(versions()))
+    elif command == "card":
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = card(Path(rest[0]).read_text(), load_file(rest[1]))
+        print(json.dumps(found))
     else:
         {"load": load, "make": make}[command](Path(rest[0]))
 

@@ -84,7 +84,7 @@ def _cell(found: dict[str, Any] | None) -> str:
     return f"{found['encode']:.1e}, {max(found['decode'], found['both']):.1e}{star}"
 
 
-def main(run_check: Callable[[str, str], None]) -> None:
+def main(run_check: Callable[[str, str], object]) -> None:
     """Print the table."""
     for cases in (variants(), runs(sys.argv[1:])):
         with tempfile.TemporaryDirectory() as scratch:
