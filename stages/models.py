@@ -7,15 +7,12 @@ checkpoint brings along is never run.
 """
 
 import copy
-import socket
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import huggingface_hub
 import huggingface_hub.errors as hub_errors
@@ -27,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..storage.errors import InputError, NetworkError
 from ..storage.files import file_digest, json_digest
 from .hooks import HookedModel, check_model, locate_blocks
+from .hub_repo import hub_is_reachable
 from .model_names import resolve_model
 from .taps import HOOKS
 
@@ -222,22 +220,6 @@ def _hub_config_file(source: str, revision: str | None) -> Path:
         ) from error
     except (OSError, hub_errors.FileMetadataError) as error:
         raise _no_network(source, at) from error
-
-
-def hub_is_reachable() -> bool:
-    """One quick look first: without network, the Hub's client retries for half a minute."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    address = urlsplit(huggingface_hub.constants.ENDPOINT)
-    proxied = urllib.request.getproxies().get(address.scheme)
-    if proxied:  # the proxy is what can be reached, or not
-        address = urlsplit(proxied if "//" in proxied else f"//{proxied}")
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=10).close()
-    except OSError:
-        return False
-    return True
 
 
 def _no_network(source: str, at: str) -> NetworkError:
