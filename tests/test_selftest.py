@@ -51,7 +51,7 @@ def test_a_number_that_is_wrong_is_shown_and_the_exit_code_is_1(
     shown = CliRunner().invoke(app, ["selftest"])
     assert shown.exit_code == 1
     assert "FAIL  l0" in shown.output
-    assert "1 of 1 numbers are wrong" in shown.output
+    assert "1 numbers, 1 wrong" in shown.output
 
 
 def test_an_error_in_a_case_is_shown_and_the_others_go_on(
@@ -63,7 +63,7 @@ def test_an_error_in_a_case_is_shown_and_the_others_go_on(
     assert "FAIL  it ended with an error:" in shown.output
     assert "has no attribute 'not_there'" in shown.output
     assert "pass  gamma" in shown.output
-    assert "2 numbers, 1 of 2 numbers are wrong" in shown.output
+    assert "2 numbers, 1 wrong" in shown.output
 
 
 def test_an_unknown_case_lists_the_known_ones() -> None:

@@ -44,7 +44,7 @@ def fit_toy(toy: Toy, config: FitConfig) -> Fitted:
 
 
 def best_of(toy: Toy, config: FitConfig, seeds: Sequence[int]) -> Fitted:
-    """The SAE with the smallest loss of several starts.
+    """The SAE with the smallest loss of several starts, one after another on the toy's rows.
 
     With exactly as many latents as features one that is never active at the start leaves a feature
     without any; the loss tells that without looking at the truth.

@@ -4,8 +4,9 @@ For hier4 and tree20 every architecture with a known answer is fitted from sever
 features, the rows and the weights) and judged on fresh rows: the parent-recall gap first, beside
 explained variance, matched cosine, and the median of largest cosines, which does not see
 absorption. For masked_tokens SAEs are fitted on text masked with several p and judged on unmasked
-text: the gap with a 95 % interval over seeds (Student's t), and of p against 0 the mean difference of the
-same seeds.
+text: the gap with a 95 % interval over seeds (Student's t), and of p against 0 the mean difference
+of the same seeds. As a control one line leaves out the rows at the largest p in which a child has
+lost its parent: everything else about masking stays, and with it the absorption has to come back.
 
     python tests/benchmarks/toys.py
     python tests/benchmarks/toys.py --toy masked_tokens --arch relu --p 0 0.3 --seeds 10
@@ -17,12 +18,12 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from scipy.stats import t as student
 
 from sae_pipe.stages.toys import TOYS, get_toy
+from sae_pipe.stages.toys.base import Toy
 from sae_pipe.stages.toys.fitting import best_of, fit_toy
 from sae_pipe.stages.toys.masked_tokens import MaskedTokens
 from sae_pipe.stages.toys.truth import Truth, judge
@@ -34,9 +35,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def found(name: str, arch: str, seed: int, **options: Any) -> Truth:
+def found(name: str, arch: str, seed: int) -> Truth:
     """One SAE of the toy's own setting, judged."""
-    toy = get_toy(name, seed, **options)
+    toy = get_toy(name, seed)
     config, starts = toy.config(arch, seed=seed), toy.settings[arch].starts
     if starts == 1:
         return judge(fit_toy(toy, config).sae, toy)
@@ -65,8 +66,28 @@ def known_answers(name: str, archs: Sequence[str], seeds: int) -> Iterator[str]:
         yield f"| {arch}{of_starts} | {' | '.join(means)} | {known} | {each:.1f} |"
 
 
+class StillTogether(MaskedTokens):
+    """Masked text without the rows in which a child has lost its parent."""
+
+    def fires(self, n_rows: int) -> torch.Tensor:
+        parts, missing = [], n_rows
+        while missing:
+            fires_NF = super().fires(2 * missing)
+            kept_NF = fires_NF[~_lost_parent(self, fires_NF)][:missing]
+            parts.append(kept_NF)
+            missing -= len(kept_NF)
+        return torch.cat(parts)
+
+
+def _lost_parent(toy: Toy, fires_NF: torch.Tensor) -> torch.Tensor:
+    lost_N = torch.zeros(len(fires_NF), dtype=torch.bool)
+    for family in toy.families:
+        lost_N |= fires_NF[:, list(family.children)].any(dim=1) & ~fires_NF[:, family.parent]
+    return lost_N
+
+
 def masked(archs: Sequence[str], ps: Sequence[float], seeds: int) -> Iterator[str]:
-    """One line an architecture and p."""
+    """One line an architecture and p, and one of the control."""
     yield (
         "| architecture | p | P(parent given child) in training rows | recall gap, unmasked "
         "| change from p = 0 | explained variance, unmasked | parents' F1 |"
@@ -74,29 +95,31 @@ def masked(archs: Sequence[str], ps: Sequence[float], seeds: int) -> Iterator[st
     yield "|---" * 7 + "|"
     for arch in (arch for arch in MaskedTokens.settings if arch in archs):
         at_0: list[float] = []
-        for p in ps:
-            runs = [found("masked_tokens", arch, seed, p=p) for seed in range(seeds)]
+        for kind, p in [*((MaskedTokens, p) for p in ps), (StillTogether, max(ps))]:
+            runs, shares = [], []
+            for seed in range(seeds):
+                toy = kind(seed=seed, p=p)
+                shares.append(1 - _share_lost(kind(seed=seed, p=p)))
+                sae = fit_toy(toy, toy.config(arch, seed=seed)).sae
+                runs.append(judge(sae, MaskedTokens(seed=seed)))
             gaps = [run.recall_gap for run in runs]
             at_0 = gaps if p == 0 else at_0
-            change = "" if p == 0 else interval([a - b for a, b in zip(gaps, at_0, strict=False)])
+            change = [a - b for a, b in zip(gaps, at_0, strict=False)] if p else []
+            name = f"{p:g}" if kind is MaskedTokens else f"{p:g}, control"
             yield (
-                f"| {arch} | {p:g} | {cooccurrence(p, seeds):.3f} | {interval(gaps)} | {change} | "
+                f"| {arch} | {name} | {statistics.fmean(shares):.3f} | {interval(gaps)} | "
+                f"{interval(change) if change else ''} | "
                 f"{statistics.fmean(run.explained_variance for run in runs):.4f} | "
                 f"{statistics.fmean(run.parent_f1 for run in runs):.3f} |"
             )
 
 
-def cooccurrence(p: float, seeds: int, n_rows: int = 50_000) -> float:
-    """P(a parent fires | one of its children fires) in the rows that an SAE is fitted on."""
-    counts = torch.zeros(2)
-    for seed in range(seeds):
-        toy = MaskedTokens(seed=seed, p=p)
-        fires_NF = toy.fires(n_rows)
-        for family in toy.families:
-            has_child_N = fires_NF[:, list(family.children)].any(dim=1)
-            both_N = has_child_N & fires_NF[:, family.parent]
-            counts += torch.stack([both_N.sum(), has_child_N.sum()])
-    return float(counts[0] / counts[1])
+def _share_lost(toy: Toy, n_rows: int = 50_000) -> float:
+    """Of the rows in which a child fires, those without its parent."""
+    fires_NF = toy.fires(n_rows)
+    children = [child for family in toy.families for child in family.children]
+    lost_N, has_child_N = _lost_parent(toy, fires_NF), fires_NF[:, children].any(dim=1)
+    return float(lost_N.sum() / has_child_N.sum())
 
 
 def interval(values: Sequence[float]) -> str:
