@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..storage.address import place
 from .errors import told_to_the_user
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def evaluate(
         ),
     ],
     store: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="The store whose held-out rows to judge on. Default: the one that the first run "
             "was fitted from, for all runs of the same text, model and layer.",
@@ -116,7 +117,7 @@ def evaluate(
 
     config = EvalConfig(
         out=out,
-        store=store,
+        store=None if store is None else place(store),
         evalsets=tuple(eval_set or ()),
         metrics=None if metrics is None else tuple(listed("metrics", metrics, str)),
         compat=tuple(compat or ()),

@@ -9,6 +9,7 @@ import typer
 from ..stages.evalsets import SUITES
 from ..stages.evalsets.config import EvalSetConfig, suites_of_help
 from ..stages.taps import DEFAULT_HOOK, HOOKS
+from ..storage.address import place
 from ..storage.evalset import POOLINGS
 from .errors import told_to_the_user
 
@@ -126,7 +127,7 @@ def build(
         ),
     ] = False,
     store: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="A store whose held-out text is taken.", rich_help_panel=_CORE),
     ] = None,
     text: Annotated[
@@ -179,7 +180,7 @@ def build(
         marked_column=marked_column,
         ood_csv=ood_csv,
         truncate=truncate,
-        store=store,
+        store=None if store is None else place(store),
         text=text,
     )
     from ..stages.evalsets.build import build as run

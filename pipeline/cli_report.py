@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..storage.address import place
 from .cli_compare import BY, names
 from .errors import told_to_the_user
 
@@ -24,7 +25,7 @@ def report(
         ),
     ] = None,
     store: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="The store whose held-out rows show what latents fire on. Default: of each run the "
             "one it was fitted from."
@@ -54,7 +55,7 @@ def report(
         out,
         by=names(by),
         runs=runs or [],
-        store=store,
+        store=None if store is None else place(store),
         options=shown,
         say=typer.echo,
     )

@@ -39,9 +39,11 @@ def _told(command: Callable[P, R], may_speak: Callable[[], bool]) -> Callable[P,
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         from ..storage.errors import SaePipeError
+        from ..storage.interrupts import ctrl_c_reaches_threads
 
         try:
-            return command(*args, **kwargs)
+            with ctrl_c_reaches_threads():
+                return command(*args, **kwargs)
         except SaePipeError as error:
             if may_speak():
                 tell(error)

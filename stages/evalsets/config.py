@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...storage.address import Place, described
 from ...storage.errors import InputError
 from ...storage.files import file_digest
 from ..taps import DEFAULT_HOOK
@@ -40,7 +41,7 @@ class EvalSetConfig:
     marked_column: str | None = None
     ood_csv: Path | None = None
     truncate: bool = False
-    store: Path | None = None
+    store: Place | None = None
     text: str | None = None
 
     def __post_init__(self) -> None:
@@ -111,8 +112,9 @@ class EvalSetConfig:
         for name in ("out", "device"):
             del asked[name]
         asked |= {"tasks": list(self.tasks), "seed": self.drawn_with, "position": self.pooling}
-        for name in ("model", "csv", "ood_csv", "store", "text"):
+        for name in ("model", "csv", "ood_csv", "text"):
             asked[name] = _whole_path(asked[name])
+        asked["store"] = None if self.store is None else described(self.store)
         for name, path in (("csv", self.csv), ("ood_csv", self.ood_csv)):
             if path is not None and path.is_file():  # an edited file is another one
                 asked[f"{name}_sha256"] = file_digest(path)

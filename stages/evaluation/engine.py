@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...storage.address import Place
 from ...storage.disk import human_bytes
 from ...storage.errors import InputError, SaePipeError
 from ...storage.evalset import EvalSet, open_evalset
@@ -60,7 +61,7 @@ class EvalConfig:
     """
 
     out: Path = Path("results")
-    store: Path | None = None
+    store: Place | None = None
     evalsets: tuple[Path, ...] = ()
     metrics: tuple[str, ...] | None = None
     compat: tuple[str, ...] = ()

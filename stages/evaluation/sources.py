@@ -109,14 +109,14 @@ class StoreRows(RowSource):
         n_rows = store.heldout.n_rows
         if n_rows == 0:
             raise InputError(
-                f"Store {store.path} has no held-out rows to judge on. "
+                f"Store {store.place} has no held-out rows to judge on. "
                 "Harvest one with --heldout-tokens above 0, or pass --eval-set."
             )
         super().__init__(
             Source(kind="store", name=store.name, digest=store.digest),
             store_origin(store),
             n_rows if most_rows is None else min(n_rows, most_rows),
-            f"store {store.path}",
+            f"store {store.place}",
         )
         self.store = store
 
@@ -224,7 +224,7 @@ class StoreText:
         self.n_contexts = min(self._table.n_contexts, most_contexts)
         if self.n_contexts == 0:
             raise InputError(
-                f"Store {store.path} has no held-out text for metrics that need the language "
+                f"Store {store.place} has no held-out text for metrics that need the language "
                 "model. Harvest one with --heldout-tokens above 0, or leave them out."
             )
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ...storage import ActivationStore, open_store
+from ...storage.address import Place
 from ...storage.errors import InputError, SaePipeError
 from ...storage.files import json_digest
 from ..sae.weights import read_config
@@ -30,7 +30,7 @@ class StoreGroup:
 
 
 def group_by_store(
-    cases: Sequence[RunCase], given: Path | None, say: Callable[[str], object]
+    cases: Sequence[RunCase], given: Place | None, say: Callable[[str], object]
 ) -> list[StoreGroup]:
     """The given store for all runs, or for each harvest the first store that a run was fitted from.
 
@@ -84,7 +84,7 @@ def _path_of(case: RunCase) -> str:
 
 def _check(group: StoreGroup) -> None:
     for case in group.cases:
-        check_match(case.facts, store_origin(group.store), f"store {group.store.path}")
+        check_match(case.facts, store_origin(group.store), f"store {group.store.place}")
 
 
 def _tell(group: StoreGroup, say: Callable[[str], object]) -> None:
@@ -92,6 +92,6 @@ def _tell(group: StoreGroup, say: Callable[[str], object]) -> None:
     others = [c.name for c in group.cases if c.facts.get("store_digest") != store.digest]
     if others:
         say(
-            f"All {len(group.cases)} are judged on the held-out rows of {store.path}, which are "
+            f"All {len(group.cases)} are judged on the held-out rows of {store.place}, which are "
             f"unmasked; {len(others)} of them were fitted from another store of the same text."
         )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ...storage.address import Place
 from ..compare import compare
 from ..evaluation.results import Result
 from .build import site
@@ -20,7 +21,7 @@ def write_report(
     *,
     by: Sequence[str] = BY,
     runs: Sequence[Path] = (),
-    store: Path | None = None,
+    store: Place | None = None,
     options: Options | None = None,
     say: Say = lambda line: None,
 ) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...storage import ActivationStore, open_store
+from ...storage.address import Place, place
 from ...storage.errors import InputError, SaePipeError
 from ...storage.files import file_digest
 from ..compare.choose import Judgement
@@ -58,14 +59,14 @@ def folders_by_digest(places: Sequence[Path]) -> dict[str, Path]:
     InputError where there is none.
     """
     found: dict[str, Path] = {}
-    for place in places:
-        folders = [place] if (place / CONFIG).is_file() else sorted(place.glob("*/"))
+    for given in places:
+        folders = [given] if (given / CONFIG).is_file() else sorted(given.glob("*/"))
         folders = [
             each for each in folders if (each / CONFIG).is_file() and (each / WEIGHTS).is_file()
         ]
         if not folders:
             raise InputError(
-                f"There is no finished run at {place}. Pass run folders of `sae-pipe fit`, or a "
+                f"There is no finished run at {given}. Pass run folders of `sae-pipe fit`, or a "
                 "folder of them, as --runs."
             )
         found |= {file_digest(folder / WEIGHTS): folder for folder in folders}
@@ -75,10 +76,10 @@ def folders_by_digest(places: Sequence[Path]) -> dict[str, Path]:
 class Saes:
     """Finds and surveys the SAEs of results, one at a time."""
 
-    def __init__(self, folders: Mapping[str, Path], store: Path | None, options: Options) -> None:
+    def __init__(self, folders: Mapping[str, Path], store: Place | None, options: Options) -> None:
         """folders: of --runs, by digest; store: of --store, for all runs, else each its own."""
         self._folders, self._store, self._options = folders, store, options
-        self._opened: dict[Path, ActivationStore] = {}
+        self._opened: dict[Place, ActivationStore] = {}
         if store is not None:
             self._open(store)  # what the user has named has to be there
 
@@ -122,15 +123,15 @@ class Saes:
             )
         return folder
 
-    def _recorded_store(self, run: Judgement) -> Path:
+    def _recorded_store(self, run: Judgement) -> Place:
         recorded = run.facts.get("store")
         if not isinstance(recorded, str):
             raise InputError(
                 "Its result does not say which store it was fitted from. Pass --store."
             )
-        return Path(recorded)
+        return place(recorded)
 
-    def _open(self, path: Path) -> ActivationStore:
+    def _open(self, path: Place) -> ActivationStore:
         if path not in self._opened:
             self._opened[path] = open_store(path, unfinished=True)
         return self._opened[path]
