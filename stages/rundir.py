@@ -26,6 +26,7 @@ from torch import Tensor
 from ..storage import provenance
 from ..storage.errors import InputError, StoreError
 from ..storage.files import disk_error, is_leftover, remove_leftovers, write_json, write_whole
+from .plain_json import parse_plain_json
 from .sae.weights import (
     FORMAT,
     FORMAT_VERSION,
@@ -242,10 +243,15 @@ def _as_line(line: Line) -> bytes:
     return json.dumps(plain(line), allow_nan=False).encode() + b"\n"
 
 
-def _load_json(file: Path) -> Any:
+def _load_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_bytes())
+        found = parse_plain_json(file.read_bytes())
     except ValueError as error:
         raise StoreError(
             f"{file} is damaged: it is not JSON ({error}). Remove the run folder and fit again."
         ) from error
+    if not isinstance(found, dict):
+        raise StoreError(
+            f"{file} is damaged: it is no JSON object. Remove the run folder and fit again."
+        )
+    return found

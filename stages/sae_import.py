@@ -12,7 +12,8 @@ from typing import Any
 from ..storage import provenance
 from ..storage.errors import InputError
 from ..storage.files import write_json
-from .hub_repo import HubPlace, Repository, is_hub, open_repository, parse_hub
+from .hub_address import HubPlace, is_hub, parse_hub
+from .hub_repo import Repository, open_repository
 from .sae.base import Sae
 from .sae.weights import CONFIG_LIMIT_BYTES, is_run_config, write_weights
 from .sae_formats import FORMATS, get_format

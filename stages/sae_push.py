@@ -17,7 +17,8 @@ from typing import Any
 import huggingface_hub
 
 from ..storage.errors import InputError, NetworkError, StoreError
-from .hub_repo import HubPlace, Repository, hub_is_reachable, no_network, open_repository, parse_hub
+from .hub_address import HubPlace, parse_hub
+from .hub_repo import Repository, hub_is_reachable, no_network, open_repository
 from .hub_repo import told as told_by_hub
 from .rundir import RunFolder
 from .sae.hub import fetch_run
@@ -108,7 +109,14 @@ def _prepare(config: PushConfig, scratch: Path) -> tuple[dict[str, bytes | Path]
     sae, facts = load_with_facts(config.run)
     own = json.dumps(portable(read_config(config.run)), indent=1, allow_nan=False) + "\n"
     files: dict[str, bytes | Path] = {"config.json": own.encode()}
-    files |= {name: run.path / name for name in _AS_THEY_ARE if (run.path / name).is_file()}
+    for name in _AS_THEY_ARE:
+        if (run.path / name).is_symlink():
+            raise InputError(
+                f"{run.path / name} is a link, and what a run folder holds is published. Put the "
+                "file itself there, or remove the link."
+            )
+        if (run.path / name).is_file():
+            files[name] = run.path / name
     folders: dict[str, str] = {}
     refused: dict[str, str] = {}
     for format in DEFAULT_FORMATS if config.formats is None else config.formats:

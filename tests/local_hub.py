@@ -31,10 +31,12 @@ class LocalHub(BaseHTTPRequestHandler):
     uploaded: ClassVar[dict[str, bytes]]
     asked: ClassVar[list[str]]
     refuse_card: ClassVar[str | None]
+    refuse_uploads: ClassVar[bool]
 
     @classmethod
     def reset(cls) -> None:
-        cls.repos, cls.private, cls.uploaded, cls.asked, cls.refuse_card = {}, set(), {}, [], None
+        cls.repos, cls.private, cls.uploaded, cls.asked = {}, set(), {}, []
+        cls.refuse_card, cls.refuse_uploads = None, False
 
     @classmethod
     def commit(cls, repo: str, files: dict[str, bytes]) -> str:
@@ -61,8 +63,10 @@ class LocalHub(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         data = self._body()
+        if self.refuse_uploads:
+            return self._refuse(400, "")
         self.uploaded[hashlib.sha256(data).hexdigest()] = data
-        self._json({})
+        return self._json({})
 
     def do_POST(self) -> None:
         body, path = self._body(), urlsplit(self.path).path

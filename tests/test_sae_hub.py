@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from sae_pipe.pipeline.cli import app
 from sae_pipe.stages.curve import draw_curve
-from sae_pipe.stages.hub_repo import HubPlace, parse_hub
+from sae_pipe.stages.hub_address import HubPlace, parse_hub
 from sae_pipe.stages.sae import load_sae
 from sae_pipe.stages.sae.weights import write_weights
 from sae_pipe.stages.sae_card import MARKER, escaped
@@ -471,6 +471,17 @@ def test_a_run_of_ours_is_not_imported(hub: type[LocalHub], run: Path, tmp_path:
         import_from(PLACE, tmp_path)
 
 
+def test_a_repository_without_an_sae_is_said(hub: type[LocalHub], tmp_path: Path) -> None:
+    hub.commit("other/saes", {"a/cfg.json": b"{}", "a/sae_weights.safetensors": b""})
+    message = (
+        "hf://other/saes holds no SAE that is known by its files (cfg.json and "
+        "sae_weights.safetensors; config.json and ae.pt; cfg.json and sae.safetensors; "
+        "sae.safetensors; config.json and ae.pt). Pass the folder of one: hf://other/saes/FOLDER."
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        import_from("hf://other/saes", tmp_path)
+
+
 def test_who_may_not_write_is_told_so(
     hub: type[LocalHub], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,6 +493,45 @@ def test_who_may_not_write_is_told_so(
         push(run, "hf://forbidden/sae")
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
     with pytest.raises(InputError, match=r"^hf://someone/sae was not found|status 401"):
+        push(run)
+
+
+def test_an_upload_that_breaks_off_is_told_and_nothing_is_published(
+    hub: type[LocalHub], run: Path
+) -> None:
+    first = push(run)
+    write_weights(make_sae("matryoshka, uneven weights"), run)
+    hub.refuse_uploads = True
+    with pytest.raises(
+        NetworkError,
+        match=r"^The upload to hf://someone/sae broke off \(Error while uploading '.*' to the Hub\.\)\. "
+        r"Nothing of it is published; run the same command again\.$",
+    ):
+        push(run)
+    assert first == f"{PLACE}@{hub.repos[REPO][-1][0]}"
+
+
+def test_a_link_in_a_run_folder_is_not_followed(
+    hub: type[LocalHub], run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("of this machine")
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").symlink_to(tmp_path / "secret")
+    message = (
+        f"{run}/metrics.jsonl is a link, and what a run folder holds is published. Put the file "
+        "itself there, or remove the link."
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        push(run)
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "[" * 5000, '{"l0": NaN}'])
+def test_a_damaged_summary_is_told(text: str, hub: type[LocalHub], run: Path) -> None:
+    (run / "summary.json").write_text(text)
+    with pytest.raises(
+        StoreError, match=rf"^{re.escape(str(run))}/summary\.json is damaged: it is "
+    ):
         push(run)
 
 

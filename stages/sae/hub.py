@@ -1,10 +1,16 @@
 """Runs on the Hub: the two files of an SAE, fetched once and kept in the Hub's cache."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...storage.errors import InputError, StoreError
-from ..hub_repo import Repository, is_hub, open_repository, parse_hub
+from ..hub_address import is_hub, parse_hub
 from .weights import CONFIG_LIMIT_BYTES, read_config, rebuild_sae, weights_limit_bytes
+
+if TYPE_CHECKING:
+    from ..hub_repo import Repository
 
 
 def run_folder(run: str | Path) -> Path:
@@ -15,6 +21,8 @@ def run_folder(run: str | Path) -> Path:
     """
     if not isinstance(run, str) or not is_hub(run):
         return Path(run)
+    from ..hub_repo import open_repository  # here: the Hub's client takes a while to import
+
     return fetch_run(open_repository(parse_hub(run)))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...storage.errors import InputError
-from ..hub_repo import SCHEME
+from ..hub_address import SCHEME
 from ..sae.base import Sae
 from ..sae.weights import FORMAT, FORMAT_VERSION, describe_sae
 from ..taps import HOOKS
