@@ -28,7 +28,6 @@ from .by_hand import relu_sae
 FIT: dict[str, Any] = {
     "sparsity": 0.15,
     "lr": 5e-3,
-    "resample_steps": None,
     "batch_size": 128,
     "steps": 1200,
 }

@@ -63,8 +63,9 @@ class MaskedTokens(Toy):
 
     settings: ClassVar[Mapping[str, Setting]] = {
         "relu": Setting(
-            steps=3000,
-            fields={"sparsity": 6e-2, "resample_steps": 600},
+            steps=4000,
+            lr=1e-2,
+            fields={"sparsity": 6e-2},
             known={"recall_gap": (1.0, 0.05), "explained_variance": (0.999, 0.001)},
         ),
         "topk": Setting(steps=3000, fields={"k": 2}, known={}),
