@@ -104,15 +104,20 @@ def other_definitions() -> Iterator[Check]:
 
 
 def pursuit() -> Iterator[Check]:
+    """Directions that are orthogonal, and two that are not."""
+    yield from _pursuit_in_a_circle()
+    yield from _pursuit_of_two()
+
+
+def _pursuit_in_a_circle() -> Iterator[Check]:
     """Eight orthonormal directions d in a circle; row i is 3 d_i + 2 d_(i+1) + d_(i+2).
 
-    sum over a row of ||x - mean||^2 = 14 - 8 (6 / 8)^2 = 9.5. The best k = 1 leaves 4 + 1, the
-    best k = 2 leaves 1. The encoder is wrong by one place: for d_i it takes d_(i+1), so that its
-    largest are 3 d_(i-1) and 2 d_i, which leaves 9 + 1 + 4 + 1 of k = 2 and 23 of k = 1.
+    ||x - mean||^2 of a row is 14 - 8 (6 / 8)^2 = 9.5. The best k = 1 leaves 4 + 1, the best k = 2
+    leaves 1. The encoder is wrong by one place: for d_i it takes d_(i+1), so that its largest are
+    3 d_(i-1) and 2 d_i, which leaves 9 + 1 + 4 + 1 of k = 2 and 23 of k = 1.
     """
-    directions_SD, _ = torch.linalg.qr(
-        torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
-    )
+    random = torch.Generator().manual_seed(0)
+    directions_SD, _ = torch.linalg.qr(torch.randn(8, 8, generator=random))
     sae = relu_sae(directions_SD.roll(-1, 0).T, directions_SD)
     row_SD = 3 * directions_SD + 2 * directions_SD.roll(-1, 0) + directions_SD.roll(-2, 0)
     found = judge_rows(sae, row_SD.repeat(8, 1), {"ito": {"ks": (1, 2)}}, rows_a_document=8)
@@ -124,6 +129,23 @@ def pursuit() -> Iterator[Check]:
         "ito_gain_k2": 14 / 9.5,
     }
     yield from checks_of("ito", found["ito"], expected, tolerance=1e-4)
+
+
+def _pursuit_of_two() -> Iterator[Check]:
+    """d and e with d . e = 0.6; rows are 2 d + e and d + 2 e.
+
+    ||x||^2 = 7.4, and one latent takes 2.6^2 of it. ||x - mean||^2 = ||d - e||^2 / 4 = 0.2. Two
+    latents reconstruct exactly, if the first is corrected when the second has joined.
+    """
+    W_dec_SD = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    x_BD = torch.tensor([[2.0, 1.0], [1.0, 2.0]]) @ W_dec_SD
+    sae = relu_sae(W_dec_SD.T, W_dec_SD)
+    found = judge_rows(sae, x_BD.repeat(32, 1), {"ito": {"ks": (1, 2)}}, rows_a_document=2)
+    expected = {
+        "ito_explained_variance_k1": 1 - (7.4 - 2.6**2) / 0.2,
+        "ito_explained_variance_k2": 1.0,
+    }
+    yield from checks_of("ito", found["ito"], expected, tolerance=1e-3)
 
 
 def intervals() -> Iterator[Check]:
