@@ -19,9 +19,11 @@ def told_to_the_user(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         from ..storage.errors import SaePipeError
+        from ..storage.interrupts import ctrl_c_reaches_threads
 
         try:
-            return command(*args, **kwargs)
+            with ctrl_c_reaches_threads():
+                return command(*args, **kwargs)
         except SaePipeError as error:
             print(f"Error: {error}", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from None

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from .address import Address, shown
 from .errors import InputError, NetworkError, SaePipeError, StoreError
 from .hub_commits import commit, in_commits
+from .interrupts import INTERRUPTED
 from .unfinished import WaitEnded
 
 T = TypeVar("T")
@@ -265,7 +266,8 @@ class Link:
     def _pause(self, seconds: float, is_stopped: Stopped) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            is_over = not threading.main_thread().is_alive()  # pools wait for their threads
+            # Nobody waits for the answer any more, but for this thread to end.
+            is_over = INTERRUPTED.is_set() or not threading.main_thread().is_alive()
             if self._ended.wait(0.1) or is_over or is_stopped() or self.is_asked_to_end():
                 raise WaitEnded
 

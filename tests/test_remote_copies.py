@@ -161,6 +161,33 @@ def test_a_push_survives_a_cut_wire(
     assert in_bucket(s3, "cut.zarr") == files_of(small_store.path)
 
 
+def test_ctrl_c_ends_a_pull_that_waits_for_the_network(
+    s3: S3, small_store: ActivationStore, tmp_path: Path
+) -> None:
+    address = s3.put(small_store.path, "interrupted.zarr")
+    with wire_to(s3.port, tmp_path) as wire:
+        wire.cut()
+        wire.join(bytes_per_s=20_000)
+        pulling = subprocess.Popen(
+            [PROGRAM, "store", "pull", address, str(tmp_path / "back.zarr")],
+            env=os.environ | {"AWS_ENDPOINT_URL": wire.url},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until = time.monotonic() + 60
+        while not list((tmp_path / "back.zarr").glob("activations/c/*/.*.tmp")):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        wire.cut()
+        time.sleep(1)
+        pulling.send_signal(signal.SIGINT)
+        _, said = pulling.communicate(timeout=60)
+    assert pulling.returncode == 130, said
+    assert said.splitlines()[-1].startswith("Interrupted. What is done is kept")
+    pull(place(address), tmp_path / "back.zarr", say=lambda line: None)
+    assert files_of(tmp_path / "back.zarr") == files_of(small_store.path)
+
+
 def test_another_store_is_never_written_over(
     s3: S3, small_store: ActivationStore, store: Path, tmp_path: Path
 ) -> None:
