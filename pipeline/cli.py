@@ -8,10 +8,17 @@ from typing import Annotated
 
 import typer
 
+from .cli_compare import compare
 from .cli_demo import demo
+from .cli_eval import evaluate
+from .cli_evalset import app as eval_set
 from .cli_fit import fit
+from .cli_formats import export, import_
 from .cli_harvest import harvest
 from .cli_inspect import inspect
+from .cli_report import report
+from .cli_sae import app as sae
+from .cli_selftest import selftest
 from .cli_store import app as store
 from .cli_sweep import sweep
 
@@ -25,9 +32,17 @@ app = typer.Typer(
 app.command("harvest")(harvest)
 app.command("fit")(fit)
 app.command("sweep")(sweep)
+app.command("eval")(evaluate)
+app.command("compare")(compare)
+app.command("report")(report)
+app.command("selftest")(selftest)
 app.command("inspect")(inspect)
+app.command("export")(export)
+app.command("import")(import_)
 app.command("demo")(demo)
 app.add_typer(store, name="store")
+app.add_typer(eval_set, name="eval-set")
+app.add_typer(sae, name="sae")
 
 
 def _print_version(wanted: bool) -> None:
@@ -49,3 +64,7 @@ def _root(
 def main() -> None:
     """Entry point of the console script."""
     app()
+
+
+if __name__ == "__main__":  # torchrun -m sae_pipe.pipeline.cli fit ...
+    main()

@@ -5,18 +5,19 @@ from typing import Annotated
 
 import typer
 
-from ..stages.fitconfig import DTYPES, FitConfig
+from ..stages.fitconfig import DTYPES, OPTIMIZER_STATES, FitConfig
 from ..stages.loggers import LOGGERS
 from ..stages.sae import ARCHITECTURES
+from ..stages.torchrun import find_seat
 from ..storage.order import OPEN_SHARDS
 from .cache_flags import CacheDir, CacheSize, use_cache
-from .errors import told_to_the_user
-from .fit_flags import RUNS, check_workers, fit_configs, listed, paths
+from .errors import told_once
+from .fit_flags import RUNS, check_torchrun, check_workers, fit_configs, listed, paths
 
 _SAE, _LENGTH, _RECIPE, _RUN = "The SAE", "How long", "Recipe", "How it runs"
 
 
-@told_to_the_user
+@told_once
 def fit(
     store: Annotated[
         list[str],
@@ -63,7 +64,10 @@ def fit(
         typer.Option(help="Passes over the store, instead of --tokens.", rich_help_panel=_LENGTH),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Rows a step.", rich_help_panel=_LENGTH)
+        int,
+        typer.Option(
+            help="Rows a step, of all processes together under torchrun.", rich_help_panel=_LENGTH
+        ),
     ] = FitConfig.batch_size,
     lr: Annotated[
         str,
@@ -222,6 +226,21 @@ def fit(
             rich_help_panel=_RUN,
         ),
     ] = FitConfig.selection,
+    optimizer_state: Annotated[
+        str,
+        typer.Option(
+            help=f"Of Adam's moments: {', '.join(OPTIMIZER_STATES)}; bfloat16 is half the memory.",
+            rich_help_panel=_RUN,
+        ),
+    ] = FitConfig.optimizer_state,
+    capture: Annotated[
+        bool,
+        typer.Option(
+            "--capture/--no-capture",
+            help="On a CUDA device, record a step once and replay it: the same numbers, sooner.",
+            rich_help_panel=_RUN,
+        ),
+    ] = FitConfig.capture,
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Minutes between checkpoints.", rich_help_panel=_RUN)
     ] = FitConfig.checkpoint_minutes,
@@ -285,7 +304,8 @@ def fit(
 
     SAEs of one store are fitted together, from one stream of its rows. The same command goes on
     with what was interrupted, to the same weights. Of a store that is unfinished it takes the
-    shards that are sealed now, and keeps to those.
+    shards that are sealed now, and keeps to those. Started by torchrun, all processes fit each SAE
+    together: `torchrun --nproc-per-node 2 --no-python sae-pipe fit ...`.
     """
     flags = dict(locals())
     use_cache(cache_dir, cache_size)
@@ -296,6 +316,7 @@ def fit(
     flags["log_to"] = tuple(listed("log_to", log_to, str)) if log_to else ()
     stores, configs = paths(store), fit_configs(flags)
     check_workers(workers, len(stores))
+    check_torchrun(find_seat(), follow=follow, workers=workers)
     if len(stores) * len(configs) > 1:
         from .fitting import fit_several
 

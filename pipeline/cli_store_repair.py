@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from ..storage.address import Address, Place, only_local, place
+from ..storage.printable import printable
 from .errors import told_to_the_user
-from .tables import printable, table
+from .tables import table
 
 
 def register(app: typer.Typer) -> None:

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..stages.torchrun import find_seat
 from ..storage.address import Place
+from ..storage.errors import InputError
 from .cache_flags import CacheDir, CacheSize, use_cache
-from .errors import told_to_the_user
+from .errors import told_once
 
 if TYPE_CHECKING:
     from ..stages.plan import Plan
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from .sweep_file import FitTable, SweepFile
 
 
-@told_to_the_user
+@told_once
 def sweep(
     file: Annotated[
         Path,
@@ -37,6 +39,11 @@ def sweep(
     """
     from .sweep_file import read_sweep
 
+    if (processes := find_seat().world_size) > 1:
+        raise InputError(
+            f"sweep is a single process, and torchrun has started {processes}. Start it without "
+            "torchrun; the lists of `sae-pipe fit` can be fitted by several."
+        )
     use_cache(cache_dir, cache_size)
     asked = read_sweep(file)
     if dry_run:

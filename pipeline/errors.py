@@ -1,6 +1,10 @@
-"""How errors reach the user: one sentence and exit code 2; our own bugs keep their traceback."""
+"""How errors reach the user: one sentence and exit code 2; our own bugs keep their traceback.
+
+Of several processes that torchrun has started for one command, the first tells what all of them meet.
+"""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -15,7 +19,23 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 def told_to_the_user(command: Callable[P, R]) -> Callable[P, R]:
     """Wrap a command: errors of the user's making are printed as `Error: ...` on stderr."""
+    return _told(command, lambda: True)
 
+
+def told_once(command: Callable[P, R]) -> Callable[P, R]:
+    """The same for a command that torchrun may start several times, with the same flags.
+
+    What those have in common, wrong flags and Ctrl-C, is told by the first process. Once they know
+    of one another, in `fitting.in_group`, it is told there.
+    """
+    return _told(command, _is_first)
+
+
+def _is_first() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def _told(command: Callable[P, R], may_speak: Callable[[], bool]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         from ..storage.errors import SaePipeError
@@ -25,13 +45,20 @@ def told_to_the_user(command: Callable[P, R]) -> Callable[P, R]:
             with ctrl_c_reaches_threads():
                 return command(*args, **kwargs)
         except SaePipeError as error:
-            print(f"Error: {error}", file=sys.stderr)
+            if may_speak():
+                tell(error)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
-            print(
-                "Interrupted. What is done is kept: run the same command again to go on.",
-                file=sys.stderr,
-            )
+            if may_speak():
+                print(
+                    "Interrupted. What is done is kept: run the same command again to go on.",
+                    file=sys.stderr,
+                )
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapped
+
+
+def tell(error: Exception) -> None:
+    """Print an error as the user is to see it."""
+    print(f"Error: {error}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..stages.fitconfig import FitConfig
+from ..stages.torchrun import Seat
 from ..storage.address import Place, place
 from ..storage.errors import InputError
 
@@ -59,6 +60,19 @@ def check_workers(workers: int | None, n_stores: int) -> None:
         raise InputError(
             "--workers take a store each, and there is one --store. Leave --workers out: SAEs of "
             "one store are fitted together by one process."
+        )
+
+
+def check_torchrun(seat: Seat, *, follow: bool, workers: int | None) -> None:
+    """InputError for flags that are for one process, where torchrun has started several."""
+    if seat.world_size > 1 and follow:
+        raise InputError(
+            "--follow is for a single process. Fit when the store is complete, or without torchrun."
+        )
+    if seat.world_size > 1 and workers is not None:
+        raise InputError(
+            "--workers start processes of their own, and torchrun has started "
+            f"{seat.world_size} that fit each SAE together. Leave --workers out."
         )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..stages.latents import Latent
-from .tables import printable
+from ..storage.printable import printable
 
 
 def show_latents(latents: Sequence[Latent]) -> str:

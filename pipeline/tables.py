@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..storage.printable import printable
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = True) -> str:
     """Aligned columns: the first to the left, the others to the right, or to the left too."""
@@ -41,6 +43,4 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def printable(text: str) -> str:
-    """Text from a file as it may be shown: control characters are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+__all__ = ["number", "printable", "run_table", "table"]

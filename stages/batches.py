@@ -37,15 +37,18 @@ class TorchBatches:
         threads: int | None = None,
         world_size: int = 1,
         rank: int = 0,
+        part: slice = slice(None),
     ) -> None:
         """start: the first batch to serve, counted from 0 through all epochs; world_size, rank: of
-        a distributed run, in which the ranks together serve each row once an epoch.
+        a distributed run, in which the ranks together serve each row once an epoch. part: which rows
+        of every batch to serve, where others serve the rest of the same batches.
         """
         self.device, self.dtype, self.scale = torch.device(device), dtype, scale
         self._loader = store.batches(
             batch_size, seed=seed, start=start, threads=threads, world_size=world_size, rank=rank
         )
-        self._batches = iter(self._loader)
+        self._batches = (rows_BD[part] for rows_BD in self._loader)
+        batch_size = len(range(batch_size)[part])
         self._served = self._loader.served
         self.waited_s = 0.0
         on_cuda = self.device.type == "cuda"

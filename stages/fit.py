@@ -3,7 +3,7 @@
 # B rows, D d_in
 
 The main path: `fit_many` prepares the run folders, `fit_loop.train_all` gives each batch to all runs,
-`fit_run.Run` steps, checkpoints and judges.
+`fit_run.Run` steps, checkpoints and judges. Under torchrun every process calls it, the first writes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from ..storage.store import store_name
 from .devices import pick_device, usable_cores
 from .fit_loop import train_all
 from .fit_memory import check_memory, memory_is_enough
-from .fit_run import Run, Summary
+from .fit_run import Member, Run, Summary
+from .fit_together import check_given_alike, check_together
 from .fitconfig import FitConfig, Schedule
 from .loggers import get_logger
+from .parallel import ALONE, Group, join
 from .rundir import RunFolder
 from .sae import get_architecture
 from .sae.weights import describe_sae
@@ -38,6 +40,7 @@ __all__ = ["Outcome", "Summary", "build_trainer", "default_out", "fit", "fit_man
 # They do not decide the weights, so a run may go on with other values.
 _FREE_FIELDS = (
     "device",
+    "capture",
     "log_every",
     "heldout_every",
     "heldout_rows",
@@ -73,6 +76,7 @@ def fit(
     weights of a run that was not. Raises InputError (a configuration that cannot work, another run
     or something else in that folder, a second process on it), StoreError, DiskError, and
     NonFiniteError for NaN.
+    Processes that torchrun has started fit one SAE together when all of them call this alike.
     """
     out = default_out(store, config) if out is None else out
     [outcome] = fit_many(store, [config], [out], show_progress=show_progress)
@@ -98,27 +102,43 @@ def fit_many(
     error. cores: that this process may use; None is all. Raises InputError, before anything is
     written, for configurations that cannot work or do not share a stream.
     """
-    paths = [Path(out) for out in outs]
-    _check_shared(configs, paths)
-    for (
-        config
-    ) in configs:  # before a folder is made, or anything in one that is not ours is touched
-        _, device = _check_possible(config, store.d_in, store.n_rows)
+    paths, group = [Path(out) for out in outs], join()
+    show = show_progress and group.is_first
+    # Before a folder is made, or anything in one that is not ours is touched.
+    configs = group.together(lambda: _checked(store, configs, paths, group))
+    device = pick_device(configs[0].device)
+    group.use(device)
+    recipes = [_recipe(store, config, group) for config in configs]
+    check_given_alike(dict(zip(paths, recipes, strict=True)), group)
     todo = {
-        path: _Asked(store, config, path, show=show_progress)
+        path: _Asked(store, config, path, group, show=show)
         for path, config in zip(paths, configs, strict=True)
     }
     new = [asked.config for asked in todo.values() if asked.is_unfinished()]
-    threads = step_threads(configs[0])
+    threads = step_threads(configs[0], group)
     cores = cores or usable_cores()
-    check_memory(new, store.d_in, device, at_once=max(cores // threads, 1))
+    at_once = max(cores // threads, 1)
+    group.together(lambda: check_memory(new, store.d_in, device, at_once=at_once, group=group))
     with ExitStack() as locks:
         for asked in todo.values():
             asked.prepare(locks, threads)
         runs = [asked.run for asked in todo.values() if asked.run is not None]
         if runs:
-            train_all(store, runs, cores=cores, show=show_progress)
+            train_all(store, runs, cores=cores, show=show)
     return [asked.outcome() for asked in todo.values()]
+
+
+def _checked(
+    store: ActivationStore, configs: Sequence[FitConfig], paths: Sequence[Path], group: Group
+) -> list[FitConfig]:
+    """The configs with the device of this process; InputError for what cannot work."""
+    _check_shared(configs, paths)
+    check_together(store, configs, group)
+    if not group.is_alone:
+        configs = [replace(each, device=str(group.device(each.device))) for each in configs]
+    for config in configs:
+        _check_possible(config, store.d_in, store.n_rows)
+    return list(configs)
 
 
 class _Asked:
@@ -128,18 +148,23 @@ class _Asked:
     """
 
     def __init__(
-        self, store: ActivationStore, config: FitConfig, path: Path, *, show: bool
+        self, store: ActivationStore, config: FitConfig, path: Path, group: Group, *, show: bool
     ) -> None:
         self.store, self.config, self.folder, self._show = store, config, RunFolder(path), show
-        self.run: Run | None = None
+        self.group = group
+        self.run: Member | None = None
         self._summary: Summary | None = None
         self._error: SaePipeError | None = None
 
     def is_unfinished(self) -> bool:
         """Whether there is something to train; what cannot be is kept as the outcome."""
-        try:
+
+        def look() -> bool:
             self.folder.check_place()
             return self.folder.summary() is None
+
+        try:
+            return self.group.first(look)
         except SaePipeError as error:
             self._error = error
             return False
@@ -153,25 +178,46 @@ class _Asked:
                 self._error = error
 
     def _prepare(self, locks: ExitStack, threads: int) -> None:
-        store, folder = self.store, self.folder
+        store, folder, group = self.store, self.folder, self.group
+        found = group.first(lambda: self._look_closer(locks, threads))
+        if found["summary"] is not None:
+            if self._show:
+                print(f"Run {folder.path} is complete: nothing to do.", file=sys.stderr)
+            self._summary = _read_summary(found["summary"], folder)
+            return
+        config = replace(self.config, threads=found["threads"])
+
+        def build() -> Trainer:
+            with memory_is_enough(config, pick_device(config.device)):
+                return build_trainer(config, store.d_in, store.n_rows, group)
+
+        def begin() -> Member:
+            with memory_is_enough(config, trainer.device):
+                kind = Run if group.is_first else Member
+                return kind(store, config, folder, trainer, norm_factor=factor)
+
+        trainer = group.together(build)  # fails before config.json
+        group.first(lambda: folder.begin(_recipe(store, config, group), _details(store, config)))
+        factor = norm_factor(store, config)
+        self.run = group.together(begin)
+        group.check_alike(
+            {f"a checkpoint in {folder.path} of step": self.run.updates},
+            "The run folder has to be on a disk that all processes see.",
+        )
+
+    def _look_closer(self, locks: ExitStack, threads: int) -> dict[str, Any]:
+        """Lock the folder and compare it: `threads` of the run, `summary` of a complete one."""
+        folder = self.folder
         locks.enter_context(sole_writer(folder.path, "Run"))
         folder.remove_leftovers()
-        device = pick_device(self.config.device)
-        config = replace(self.config, threads=self._threads(device, threads))
-        recipe = _recipe(store, config)
-        folder.check_same(recipe)
+        own_threads = self._threads(pick_device(self.config.device), threads)
+        folder.check_same(
+            _recipe(self.store, replace(self.config, threads=own_threads), self.group)
+        )
         summary = folder.summary()
         if summary is not None:
             folder.remove_checkpoint()  # a kill may have come right after the summary
-            if self._show:
-                print(f"Run {folder.path} is complete: nothing to do.", file=sys.stderr)
-            self._summary = _read_summary(summary, folder)
-            return
-        with memory_is_enough(config, device):
-            trainer = build_trainer(config, store.d_in, store.n_rows)  # fails before config.json
-            folder.begin(recipe, _details(store, config))
-            factor = norm_factor(store, config)
-            self.run = Run(store, config, folder, trainer, norm_factor=factor)
+        return {"threads": own_threads, "summary": summary}
 
     def _threads(self, device: torch.device, threads: int) -> int | None:
         """As asked for, or as the run was begun; off the CPU nothing depends on it."""
@@ -192,9 +238,11 @@ class _Asked:
         )
 
 
-def step_threads(config: FitConfig) -> int:
-    """CPU threads of a step, of a run that is begun now."""
-    return config.threads or torch.get_num_threads()
+def step_threads(config: FitConfig, group: Group = ALONE) -> int:
+    """CPU threads of a step, of a run that is begun now: all, or a process's share of the cores."""
+    if group.is_alone:  # torchrun leaves each process one thread, unless told otherwise
+        return config.threads or torch.get_num_threads()
+    return config.threads or max(usable_cores() // group.seat.local_size, 1)
 
 
 def _check_shared(configs: Sequence[FitConfig], paths: Sequence[Path]) -> None:
@@ -219,10 +267,13 @@ def default_out(store: ActivationStore | Place, config: FitConfig) -> str:
     return f"runs/{name}-{config.arch}-{aim}-seed{config.seed}"
 
 
-def build_trainer(config: FitConfig, d_in: int, n_rows: int | None = None) -> Trainer:
+def build_trainer(
+    config: FitConfig, d_in: int, n_rows: int | None = None, group: Group = ALONE
+) -> Trainer:
     """A trainer to step by hand on batches (B, d_in) already divided by the norm factor.
 
     n_rows: rows of the store, needed only when the config does not say how many tokens to train.
+    group: processes that step it together, each on its `Group.part` of the batches.
     """
     schedule, device = _check_possible(config, d_in, n_rows)
     architecture = get_architecture(config.arch)
@@ -231,7 +282,7 @@ def build_trainer(config: FitConfig, d_in: int, n_rows: int | None = None) -> Tr
     sae.initialise_(config.seed)
     if config.dtype == "float64":
         sae.double()
-    return Trainer(sae, config, schedule, device)
+    return Trainer(sae, config, schedule, device, group)
 
 
 def _check_possible(
@@ -259,10 +310,14 @@ def norm_factor(store: ActivationStore, config: FitConfig) -> float:
     return float(store.mean_squared_norm**0.5)
 
 
-def _recipe(store: ActivationStore, config: FitConfig) -> dict[str, Any]:
-    """What decides the weights, flat, so that a difference can be shown by name."""
+def _recipe(store: ActivationStore, config: FitConfig, group: Group) -> dict[str, Any]:
+    """What decides the weights, flat, so that a difference can be shown by name.
+
+    The number of processes does: to the last bits, by the order of sums.
+    """
     fields = {name: value for name, value in asdict(config).items() if name not in _FREE_FIELDS}
-    return fields | {"store_digest": store.digest} | store.pin
+    others = {"store_digest": store.digest, "world_size": group.world_size}
+    return fields | others | store.pin
 
 
 def _details(store: ActivationStore, config: FitConfig) -> dict[str, Any]:

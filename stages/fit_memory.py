@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ from ..storage.errors import InputError
 from ..storage.provenance import memory_bytes
 from .backoff import is_out_of_memory
 from .fitconfig import FitConfig
+from .parallel import ALONE, Group
 
 
 def needed_bytes(config: FitConfig, d_in: int) -> int:
@@ -24,7 +26,17 @@ def needed_bytes(config: FitConfig, d_in: int) -> int:
 
 def _of_weights(config: FitConfig, d_in: int) -> int:
     """Each of the 2 D S weights as itself, gradient and two moments."""
-    return 4 * (8 if config.dtype == "float64" else 4) * 2 * d_in * config.d_sae
+    return 2 * (weight_bytes(config) + moment_bytes(config)) * 2 * d_in * config.d_sae
+
+
+def weight_bytes(config: FitConfig) -> int:
+    """Of one number of a weight or its gradient."""
+    return 8 if config.dtype == "float64" else 4
+
+
+def moment_bytes(config: FitConfig) -> int:
+    """Of one number of one of Adam's moments."""
+    return 2 if config.optimizer_state == "bfloat16" else weight_bytes(config)
 
 
 def _of_activations(config: FitConfig) -> int:
@@ -41,14 +53,23 @@ def sweep_bytes(configs: Sequence[FitConfig], d_in: int, at_once: int) -> int:
 
 
 def check_memory(
-    configs: Sequence[FitConfig], d_in: int, device: torch.device, *, at_once: int = 1
+    configs: Sequence[FitConfig],
+    d_in: int,
+    device: torch.device,
+    *,
+    at_once: int = 1,
+    group: Group = ALONE,
 ) -> None:
     """InputError when even the least that the SAEs need is more than there is.
 
-    at_once: how many of them step at the same time, which only a CPU does.
+    at_once: how many of them step at the same time, which only a CPU does. group: the processes
+    that step them together, each with all weights and its share of the activations.
     """
     at_once = at_once if device.type == "cpu" else 1
-    needed, there = sweep_bytes(configs, d_in, at_once), _there_bytes(device)
+    own = [replace(each, batch_size=each.batch_size // group.world_size) for each in configs]
+    needed, there = sweep_bytes(own, d_in, at_once), _there_bytes(device)
+    if device.type != "cuda":
+        needed *= group.seat.local_size  # they share the machine's
     if needed <= there:
         return
     d_sae = max(config.d_sae for config in configs)

@@ -2,7 +2,8 @@
 
 # B rows, D d_in
 
-A run does not read batches: `fit_loop.py` gives the same ones to all runs of a sweep.
+A run does not read batches: `fit_loop.py` gives the same ones to all runs of a sweep. Where several
+processes step an SAE together the first has the `Run`, and the others a `Member` each.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..storage.errors import NonFiniteError, SaePipeError
 from ..storage.files import write_json, write_whole
 from ..storage.unfinished import WaitEnded
 from .curve import draw_curve
-from .fit_memory import peak_device_bytes, peak_memory_bytes
+from .fit_memory import memory_is_enough, peak_device_bytes, peak_memory_bytes
 from .fitconfig import FitConfig, Schedule
 from .loggers import get_logger
 from .metrics import evaluate
@@ -62,8 +63,8 @@ class Summary:
     peak_device_bytes: int | None = None
 
 
-class Run:
-    """One process's part of a run: from its checkpoint, if there is one, to the end.
+class Member:
+    """One process's part of a run that another writes: it reads the checkpoint, and steps.
 
     error: what ended it before its end; then it takes no more steps. summary: of a complete run.
     """
@@ -84,30 +85,11 @@ class Run:
         self.summary: Summary | None = None
         self.warning: str | None = None  # when it is complete
         self.line: Line | None = None  # the last that was logged
-        self._seconds_before = self._waited_before_s = self._waited_s = 0.0
-        self._checkpointed_step: int | None = None
-        self._resume()
-        self._begun = self._last_checkpoint = time.monotonic()
-        self._trained: float | None = None  # when the last step was done
-        self._log = RunLog(
-            folder,
-            first_step=self.updates,
-            batch_size=config.batch_size,
-            loggers=[
-                get_logger(name)(folder.path, folder.recipe(), self.updates)
-                for name in config.log_to
-            ],
-        )
-
-    def _resume(self) -> None:
-        saved = self.folder.read_checkpoint()
+        saved = folder.read_checkpoint()
+        self.progress: dict[str, Any] | None = None  # that came with the checkpoint
         if saved is not None:
-            state, progress = saved
-            self.trainer.load_state_dict(state)
-            self._seconds_before = progress["seconds"]
-            self._waited_before_s = progress["waited_s"]
-            self._checkpointed_step = self.updates
-        self.folder.truncate_metrics(self.updates)
+            state, self.progress = saved
+            trainer.load_state_dict(state)
 
     @property
     def updates(self) -> int:
@@ -120,11 +102,70 @@ class Run:
         return self.updates >= self.schedule.steps
 
     def step(self, batch_BD: torch.Tensor, waited_s: float) -> None:
-        """One update, the line and the checkpoint that are due after it.
+        """One update, and what is due after it.
 
         waited_s: seconds that this process has waited for data so far.
         """
-        values = self.trainer.step(batch_BD)
+        self.update(batch_BD)
+
+    def update(self, batch_BD: torch.Tensor) -> dict[str, torch.Tensor | float]:
+        """One update; its values."""
+        group, device = self.trainer.group, self.trainer.device
+        with group.in_step(), memory_is_enough(self.config, device):
+            values = self.trainer.step(batch_BD)
+        if not group.is_alone and self.updates % self.schedule.log_every == 0:
+            # Each has stepped for itself: other hardware rounds otherwise, and they would part.
+            group.check_alike(
+                {f"the checksum of weights {self.updates}": weights_digest(self.trainer)},
+                "Start all processes with the same hardware and versions.",
+            )
+        return values
+
+    def checkpoint(self) -> None:
+        """Make the present state the one to resume from."""
+
+    def finish(self) -> None:
+        """Fold, judge, write: makes the run complete."""
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.__dict__.pop("trainer", None)
+
+
+class Run(Member):
+    """The part that writes the folder, too: from its checkpoint, if there is one, to the end."""
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        config: FitConfig,
+        folder: RunFolder,
+        trainer: Trainer,
+        *,
+        norm_factor: float,
+    ) -> None:
+        super().__init__(store, config, folder, trainer, norm_factor=norm_factor)
+        progress = self.progress or {"seconds": 0.0, "waited_s": 0.0}
+        self._seconds_before: float = progress["seconds"]
+        self._waited_before_s: float = progress["waited_s"]
+        self._waited_s = 0.0
+        self._checkpointed_step = None if self.progress is None else self.updates
+        folder.truncate_metrics(self.updates)
+        self._begun = self._last_checkpoint = time.monotonic()
+        self._trained: float | None = None  # when the last step was done
+        self._log = RunLog(
+            folder,
+            first_step=self.updates,
+            batch_size=config.batch_size,
+            loggers=[
+                get_logger(name)(folder.path, folder.recipe(), self.updates)
+                for name in config.log_to
+            ],
+        )
+
+    def step(self, batch_BD: torch.Tensor, waited_s: float) -> None:
+        """One update, the line and the checkpoint that are due after it."""
+        values = self.update(batch_BD)
         self._waited_s = waited_s
         step, plan = self.updates, self.schedule
         judged = self.is_trained or step % plan.heldout_every == 0
@@ -146,7 +187,7 @@ class Run:
         return age_s >= 60 * self.config.checkpoint_minutes or bool(every and step % every == 0)
 
     def checkpoint(self) -> None:
-        """Make the present state the one to resume from; never a state with NaN in it."""
+        """Never a state with NaN in it."""
         step = self.updates
         if step == self._checkpointed_step:
             return
@@ -195,7 +236,7 @@ class Run:
             yield self.store.heldout.read(start, min(start + HELDOUT_BATCH_ROWS, rows)) * scale
 
     def finish(self) -> None:
-        """Fold, judge on all held-out rows, write; the summary last, which makes it complete.
+        """The judgement is on all held-out rows; the summary is written last.
 
         Then nothing needs the checkpoint any more, which is three times as large as the weights.
         The checkpoint of the last step is written already: whatever interrupts this, it is done
@@ -252,8 +293,8 @@ class Run:
         return "--resample-steps" if self.config.arch == "relu" else "a smaller --sparsity"
 
     def close(self) -> None:
-        """Write the lines that are left, and give the memory back."""
-        self.__dict__.pop("trainer", None)
+        """Write the lines that are left, too."""
+        super().close()
         self._log.close()
 
     def _seconds(self) -> float:
@@ -262,3 +303,10 @@ class Run:
 
     def _all_waited_s(self) -> float:
         return self._waited_before_s + self._waited_s
+
+
+def weights_digest(trainer: Trainer) -> int:
+    """The sum of the bits of all weights: the same for the same weights only, all but surely."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    parts = [value.detach() for value in trainer.sae.parameters()]
+    return sum(int(part.view(bits[part.itemsize]).sum()) for part in parts)

@@ -17,6 +17,7 @@ _TINY = 5e-324  # the smallest number above 0
 _TOO_LARGE = 2**63  # for counts: torch has int64
 DTYPES = ("float32", "tf32", "bfloat16", "float64")
 SELECTIONS = ("exact", "bf16")
+OPTIMIZER_STATES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,9 @@ class FitConfig:
             begun with.
         selection: "exact", or "bf16" to choose latents by bfloat16 products and compute the chosen
             ones in float32; dtype bfloat16 does that and its other products in bfloat16.
+        optimizer_state: of Adam's two moments, float32 (with dtype float64: float64), or bfloat16 with
+            stochastic rounding, which is half the memory.
+        capture: on a CUDA device, record a step once and replay it; it changes no number.
         reference: do as the reference trainers do where we differ on purpose (docs/recipes.md).
     Bookkeeping (changes no weight):
         log_every: steps between lines of metrics.jsonl; None is about a thousand lines a run.
@@ -125,6 +129,8 @@ class FitConfig:
     device: str = "auto"
     dtype: str = "float32"
     selection: str = "exact"
+    optimizer_state: str = "float32"
+    capture: bool = True
     reference: bool = False
 
     log_every: int | None = None
@@ -148,6 +154,7 @@ class FitConfig:
         for what, name, names in (
             ("dtype", self.dtype, DTYPES),
             ("selection", self.selection, SELECTIONS),
+            ("optimizer state", self.optimizer_state, OPTIMIZER_STATES),
             ("decoder norm", self.decoder_norm, DECODER_NORMS),
             ("sparsity norm", self.sparsity_norm, SPARSITY_NORMS),
         ):
@@ -202,6 +209,11 @@ class FitConfig:
                     f"There are {len(self.group_fractions)} groups, but "
                     f"{len(self.group_weights)} group weights. Pass one weight for each group."
                 )
+        if self.optimizer_state == "bfloat16" and self.dtype == "float64":
+            raise InputError(
+                "--optimizer-state bfloat16 saves memory, and --dtype float64 is for checks. "
+                "Leave out one of them."
+            )
         if self.tokens is not None and self.epochs is not None:
             raise InputError("--tokens and --epochs both say how long to train. Pass one of them.")
 

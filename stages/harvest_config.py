@@ -171,15 +171,17 @@ def _whole_path(name: str) -> str:
     return str(path.resolve()) if path.exists() else name
 
 
-def check_same(path: Place, begun: dict[str, Any], asked: dict[str, Any]) -> None:
-    """InputError with every difference when a store was begun with another recipe."""
+def check_same(
+    path: Place, begun: dict[str, Any], asked: dict[str, Any], what: str = "Store"
+) -> None:
+    """InputError with every difference when a store, or what else, was begun with another recipe."""
     differences = [
         f"{name.replace('.', ' ')} is {old} there and {new} here"
         for name, old, new in _differences(begun, asked)
     ]
     if differences:
         raise InputError(
-            f"Store {path} was begun with another recipe: {'; '.join(differences)}. "
+            f"{what} {path} was begun with another recipe: {'; '.join(differences)}. "
             "Pass the same flags to go on with it, or another --out."
         )
 

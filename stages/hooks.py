@@ -98,7 +98,7 @@ def check_model(model: HookedModel, source: str) -> None:
                 f"{layer} where {shape} was expected, so it has no single vector a token there. "
                 "Pass another --hook or another model."
             )
-        if not _same(found_BTD[0, :-1], found_BTD[1, :-1]):
+        if not same_vectors(found_BTD[0, :-1], found_BTD[1, :-1]):
             raise InputError(
                 f"Model {source} is not causal: its activations at a token depend on later tokens. "
                 "Pass a decoder-only language model."
@@ -111,7 +111,7 @@ def check_model(model: HookedModel, source: str) -> None:
         }
         sum_BTD = part["resid_pre"] + part["attn_out"] + part["mlp_out"]
         # Compared at the scale of resid_pre, too: late blocks cancel what sinks had piled up.
-        if not _same(sum_BTD, part["resid_post"], part["resid_pre"]):
+        if not same_vectors(sum_BTD, part["resid_post"], part["resid_pre"]):
             raise InputError(
                 f"Model {source} does more in a block than add its attention and MLP outputs to "
                 f"the residual stream, so {model.hook} is not defined for it. "
@@ -119,7 +119,7 @@ def check_model(model: HookedModel, source: str) -> None:
             )
 
 
-def _same(a: Tensor, b: Tensor, scale: Tensor | None = None) -> bool:
+def same_vectors(a: Tensor, b: Tensor, scale: Tensor | None = None) -> bool:
     """Equal at every position, vector by vector, but for what another order of summation changes."""
     tolerance = max(4 * torch.finfo(a.dtype).eps, 1e-4)
     norm = b.float().norm(dim=-1)

@@ -2,19 +2,17 @@
 
 `inspect_model` reads config.json and nothing else, so that bad input is found before anything big
 is read. `load_truncated` builds the model with fewer layers and no head; the weights of the other
-layers are neither read nor held. Code that a checkpoint brings along is never run.
+layers are neither read nor held. `load_full` builds all of it, for what needs the loss. Code that a
+checkpoint brings along is never run.
 """
 
 import copy
-import socket
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import huggingface_hub
 import huggingface_hub.errors as hub_errors
@@ -26,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..storage.errors import InputError, NetworkError
 from ..storage.files import file_digest, json_digest
 from .hooks import HookedModel, check_model, locate_blocks
+from .hub_repo import hub_is_reachable
 from .model_names import resolve_model
 from .taps import HOOKS
 
@@ -115,10 +114,41 @@ def load_truncated(
 ) -> HookedModel:
     """The model up to its deepest hooked block, ready to run, in eval mode."""
     check_layer(info, layers, hook)
-    n_blocks = max(layers) + 1
-    config = _truncated_config(info.config, n_blocks)
+    config = _truncated_config(info.config, max(layers) + 1)
+    wrapper = _load(info, transformers.AutoModel, config, dtype)
+    is_text_only = config.get_text_config(decoder=True) is config
+    # Of a model that also sees or hears, only the text decoder is kept.
+    decoder = (wrapper if is_text_only else wrapper.get_decoder()).to(device)
+    model = _hooked(info, config, decoder, layers, hook, device, dtype)
+    check_model(model, info.source)
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullModel:
+    """A language model with all of its blocks and its head; hooked: its decoder, with one hook."""
+
+    hooked: HookedModel
+    lm: Any = field(repr=False)
+    source: str
+
+
+def load_full(
+    info: ModelInfo, layer: int, hook: str, device: torch.device, dtype: torch.dtype
+) -> FullModel:
+    """The whole model with its head, ready to run, in eval mode."""
+    check_layer(info, [layer], hook)
+    config = _truncated_config(info.config, info.n_layers)
+    lm = _load(info, transformers.AutoModelForCausalLM, config, dtype).to(device)
+    hooked = _hooked(info, config, lm.get_decoder(), [layer], hook, device, dtype)
+    check_model(hooked, info.source)
+    return FullModel(hooked=hooked, lm=lm, source=info.source)
+
+
+def _load(info: ModelInfo, kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The model of a kind (one of Transformers' automatic classes), with all of its weights."""
     with _quiet_transformers():
-        wrapper, report = _read_weights(info, config, dtype)
+        wrapper, report = _read_weights(info, kind, config, dtype)
     missing = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
     if missing:
         raise InputError(
@@ -126,11 +156,19 @@ def load_truncated(
             f"calls for, the first being {missing[0]}. Its files are incomplete or belong to "
             "another model; fetch it again."
         )
-    is_text_only = config.get_text_config(decoder=True) is config
-    # Of a model that also sees or hears, only the text decoder is kept.
-    decoder = wrapper if is_text_only else wrapper.get_decoder()
-    decoder = decoder.eval().requires_grad_(False).to(device)
-    model = HookedModel(
+    return wrapper.eval().requires_grad_(False)
+
+
+def _hooked(
+    info: ModelInfo,
+    config: Any,
+    decoder: Any,
+    layers: Sequence[int],
+    hook: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> HookedModel:
+    return HookedModel(
         decoder=decoder,
         blocks=locate_blocks(decoder, config.get_text_config(decoder=True).num_hidden_layers),
         layers=tuple(sorted(set(layers))),
@@ -139,8 +177,6 @@ def load_truncated(
         device=device,
         dtype=dtype,
     )
-    check_model(model, info.source)
-    return model
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -184,22 +220,6 @@ def _hub_config_file(source: str, revision: str | None) -> Path:
         ) from error
     except (OSError, hub_errors.FileMetadataError) as error:
         raise _no_network(source, at) from error
-
-
-def hub_is_reachable() -> bool:
-    """One quick look first: without network, the Hub's client retries for half a minute."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    address = urlsplit(huggingface_hub.constants.ENDPOINT)
-    proxied = urllib.request.getproxies().get(address.scheme)
-    if proxied:  # the proxy is what can be reached, or not
-        address = urlsplit(proxied if "//" in proxied else f"//{proxied}")
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=10).close()
-    except OSError:
-        return False
-    return True
 
 
 def _no_network(source: str, at: str) -> NetworkError:
@@ -261,9 +281,11 @@ def _truncated_config(config: Any, n_blocks: int) -> Any:
     return truncated
 
 
-def _read_weights(info: ModelInfo, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The headless model and what was missing. Tensors that it has no place for are not read."""
-    model_class = transformers.AutoModel._model_mapping[type(config)]
+def _read_weights(
+    info: ModelInfo, kind: Any, config: Any, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """The model and what was missing. Tensors that it has no place for are not read."""
+    model_class = kind._model_mapping[type(config)]
     try:
         model, report = model_class.from_pretrained(
             info.source,

@@ -106,7 +106,8 @@ class RunFolder:
         if not self.config_file.is_file():
             return {}
         found = read_config(self.path).get("recipe")
-        return found if isinstance(found, dict) else {}
+        # Recipes of one process have not always said so.
+        return {"world_size": 1} | found if isinstance(found, dict) else {}
 
     def check_same(self, recipe: dict[str, Any]) -> None:
         """InputError that shows the difference when config.json is there with another recipe.

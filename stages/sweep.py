@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-from ..storage import provenance
+from ..storage import ActivationStore, provenance
 from ..storage.address import Place, described
 from ..storage.errors import InputError, SaePipeError
 from ..storage.files import write_json, write_whole
@@ -20,6 +21,7 @@ from ..storage.manifest import read_manifest
 from .fit import Outcome, default_out, fit_many
 from .fit_source import open_to_fit
 from .fitconfig import FitConfig
+from .parallel import ALONE, Group
 from .sweep_picture import draw_sweep
 
 FORMAT, FORMAT_VERSION = "sae-pipe-sweep", 1
@@ -84,25 +86,35 @@ def _run_name(store: Place, config: FitConfig, differing: Sequence[str]) -> str:
 
 
 def fit_all(
-    tasks: Sequence[StoreTask], root: Path, *, workers: int | None, say: Say
+    tasks: Sequence[StoreTask],
+    root: Path,
+    *,
+    workers: int | None,
+    say: Say,
+    group: Group = ALONE,
 ) -> list[SweepResult]:
     """Fit all SAEs of all stores; writes sweep.json and sweep.png after each store.
 
     workers: processes of this machine that each take a store; None or 1 is this process, store by
     store. A store that cannot be read does not stop the others: all of its SAEs have that error.
+    group: processes that step every SAE together; the first writes.
     """
-    for task in tasks:
-        read_manifest(task.store)  # a name that is mistyped is found now, and not in the night
+    for task in tasks:  # a name that is mistyped is found now, and not in the night
+        group.together(partial(read_manifest, task.store))
     results: list[SweepResult] = []
-    for task, outcomes in _by_store(tasks, workers, say):
-        results += [SweepResult(store=task.store, outcome=outcome) for outcome in outcomes]
+
+    def report() -> None:
         if root.is_dir():  # else nothing was begun
             write_report(root, results)
+
+    for task, outcomes in _by_store(tasks, workers, say, group):
+        results += [SweepResult(store=task.store, outcome=outcome) for outcome in outcomes]
+        group.first(report)
     return results
 
 
 def _by_store(
-    tasks: Sequence[StoreTask], workers: int | None, say: Say
+    tasks: Sequence[StoreTask], workers: int | None, say: Say, group: Group
 ) -> Iterator[tuple[StoreTask, list[Outcome]]]:
     if workers is not None and workers > 1 and len(tasks) > 1:
         from .sweep_workers import fit_in_workers  # distributed takes half a second to import
@@ -113,17 +125,26 @@ def _by_store(
         if len(tasks) > 1:
             say(f"store {number} of {len(tasks)}: {task.store}")
         try:
-            yield task, fit_store(task, say)
+            yield task, fit_store(task, say, group=group)
         except SaePipeError as error:
             yield task, all_failed(task, error)
 
 
 def fit_store(
-    task: StoreTask, say: Say, *, show_progress: bool = True, cores: int | None = None
+    task: StoreTask,
+    say: Say,
+    *,
+    show_progress: bool = True,
+    cores: int | None = None,
+    group: Group = ALONE,
 ) -> list[Outcome]:
     """Fit the SAEs of one store from one stream of its rows."""
-    begun = (out for out in task.outs if (out / "config.json").is_file())
-    store = open_to_fit(task.store, next(begun, task.outs[0]), follow=task.follow, say=say)
+
+    def opened() -> ActivationStore:
+        begun = (out for out in task.outs if (out / "config.json").is_file())
+        return open_to_fit(task.store, next(begun, task.outs[0]), follow=task.follow, say=say)
+
+    store = group.together(opened)
     return fit_many(store, task.configs, task.outs, show_progress=show_progress, cores=cores)
 
 

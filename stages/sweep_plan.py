@@ -13,7 +13,7 @@ from ..storage.address import Place
 from ..storage.disk import human_bytes
 from .devices import pick_device, usable_cores
 from .fit import build_trainer, step_threads
-from .fit_memory import sweep_bytes
+from .fit_memory import moment_bytes, sweep_bytes, weight_bytes
 from .fitconfig import FitConfig
 from .plan import human_time
 
@@ -78,12 +78,13 @@ def _at_once(configs: Sequence[FitConfig]) -> int:
 
 
 def _weights_bytes(shape: StoreShape, config: FitConfig) -> int:
-    return (8 if config.dtype == "float64" else 4) * 2 * shape.d_in * config.d_sae
+    return weight_bytes(config) * 2 * shape.d_in * config.d_sae
 
 
 def _checkpoint_bytes(shape: StoreShape, config: FitConfig) -> int:
     """Weights and two moments of those that are kept, and of the new one before the oldest goes."""
-    return 3 * _weights_bytes(shape, config) * 2
+    a_number = weight_bytes(config) + 2 * moment_bytes(config)
+    return 2 * a_number * 2 * shape.d_in * config.d_sae
 
 
 def _seconds_a_batch(shape: StoreShape, configs: Sequence[FitConfig]) -> float | None:

@@ -63,6 +63,32 @@ class TextTokenizer:
             for text in texts
         ]
 
+    def encode_with_ends(self, text: str) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Token ids of a text, and where in it, in characters, each token ends; both (T,).
+
+        InputError for a tokenizer without a fast form, which does not know.
+        """
+        if self._fast is None:
+            raise InputError(
+                f"The tokenizer of {self.name} does not say which characters its tokens are of, so "
+                "a word in a text cannot be found. Pass a model with a fast tokenizer."
+            )
+        found = self._fast.encode(text, add_special_tokens=False)
+        ends_T = np.array([end for _, end in found.offsets], dtype=np.int64)
+        return np.array(found.ids, dtype=np.uint32), ends_T
+
+    def decode(self, ids: NDArray[np.uint32]) -> str:
+        """The text of tokens, special tokens included."""
+        return str(self._tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+
+    def token_texts(self) -> list[str]:
+        """The text of every id alone, as `decode_tokens` shows it; "" for an id without a token."""
+        tokenizer = tokenizers.Tokenizer.from_str(self.json)
+        return [
+            "" if tokenizer.id_to_token(i) is None else _text_of(tokenizer, i)
+            for i in range(self.vocab_size)
+        ]
+
     def mask_id(self, mask_string: str) -> int:
         """The id of a mask string; InputError unless it is exactly one token."""
         ids: list[int] = self.encode([mask_string])[0].tolist()
@@ -95,8 +121,8 @@ class TextTokenizer:
         return as_called[: len(plain) + 1] == [self.bos_id, *plain]
 
     @cached_property
-    def _json(self) -> str:
-        """What `save` writes: a slow tokenizer's plain vocabulary is enough to turn ids to text."""
+    def json(self) -> str:
+        """What `save` writes: the tokenizer in the format of the tokenizers library. A slow tokenizer's plain vocabulary is enough to turn ids to text."""
         if self._fast is not None:
             return str(self._fast.to_str())
         # By id, not by vocabulary: some slow tokenizers map several strings to one id.
@@ -111,14 +137,14 @@ class TextTokenizer:
 
         The class is added for a slow tokenizer, whose JSON has no merge rules.
         """
-        value = json.loads(self._json)
+        value = json.loads(self.json)
         if self._fast is None:
             value = [type(self._tokenizer).__name__, value]
         return hashlib.sha256(canonical_json(value)).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the tokenizer's JSON to a file, whole; `decode_tokens` reads it."""
-        write_whole(path, self._json.encode())
+        write_whole(path, self.json.encode())
 
 
 def decode_tokens(tokenizer_json: Path | str, ids: Iterable[int]) -> list[str]:

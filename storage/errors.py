@@ -7,7 +7,12 @@ traceback.
 
 
 class SaePipeError(Exception):
-    """Base of everything that a user can put right."""
+    """Base of everything that a user can put right.
+
+    is_shared: every process of a group raises it, so that the first of them alone tells it.
+    """
+
+    is_shared = False
 
 
 class InputError(SaePipeError, ValueError):

@@ -24,9 +24,10 @@ _RAW_CODECS: list[dict[str, Any]] = [
 ]
 
 
-def _array(
+def array(
     shape: list[int], chunk_shape: list[int], data_type: str, fill_value: Any, codecs: list[Any]
 ) -> Metadata:
+    """An array on a regular grid of chunks."""
     return {
         "zarr_format": 3,
         "node_type": "array",
@@ -54,22 +55,22 @@ def activations_array(layout: Layout, codec: Codec) -> Metadata:
         },
     }
     shard_shape = [layout.shard_rows, layout.d_in]
-    return _array([layout.n_rows, layout.d_in], shard_shape, codec.container, "NaN", [sharding])
+    return array([layout.n_rows, layout.d_in], shard_shape, codec.container, "NaN", [sharding])
 
 
 def source_array(layout: Layout) -> Metadata:
     """int64 (n_rows,): context * context_size + position. One chunk a shard."""
-    return _array([layout.n_rows], [layout.shard_rows], "int64", -1, PLAIN.zarr_codecs())
+    return array([layout.n_rows], [layout.shard_rows], "int64", -1, PLAIN.zarr_codecs())
 
 
 def masked_array(layout: Layout) -> Metadata:
     """bool (n_rows,): whether the row's token was replaced. One chunk a shard."""
-    return _array([layout.n_rows], [layout.shard_rows], "bool", False, PLAIN.zarr_codecs())
+    return array([layout.n_rows], [layout.shard_rows], "bool", False, PLAIN.zarr_codecs())
 
 
 def vector_array(length: int) -> Metadata:
     """float64 (length,), one chunk."""
-    return _array([length], [length], "float64", "NaN", _RAW_CODECS)
+    return array([length], [length], "float64", "NaN", _RAW_CODECS)
 
 
 def group(members: Mapping[str, Metadata] | None = None) -> Metadata:

@@ -52,7 +52,7 @@ def test_every_context_can_be_traced_to_its_document(
             body = context[tokenizer.prepends_bos :]
             for record in np.unique(records[i, : lengths[i]]):
                 mine = records[i, tokenizer.prepends_bos : lengths[i]] == record
-                text = "".join(decode_tokens(tokenizer._json, body[mine]))
+                text = "".join(decode_tokens(tokenizer.json, body[mine]))
                 assert text.removesuffix("<|endoftext|>") in documents[record]
     if pack:
         assert set(corpus.train.lengths(0, corpus.train.n_contexts).tolist()) == {32}

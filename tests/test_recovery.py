@@ -3,9 +3,10 @@
 import pytest
 import torch
 from recovery import Task, recover
-from superposition import Superposition, matched_cosine
+from superposition import Superposition
 
 from sae_pipe.stages.sae import ARCHITECTURES
+from sae_pipe.stages.toys.truth import matched_cosine
 
 SMALL = Task(n_features=40, d_in=24, active=2, d_sae=40, steps=1000, batch_size=256, lr=5e-3)
 # Matryoshka's first prefixes must reconstruct alone, and mix features that have nothing in common.

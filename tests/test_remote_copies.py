@@ -349,6 +349,8 @@ def test_all_other_commands_take_an_address(s3: S3, store: Path, tmp_path: Path)
     for command in (
         ["fit", "--store", address, *small, "--out", run],
         ["inspect", run, "--count", "1"],
+        ["eval", run, "--out", str(tmp_path / "results"), "--metrics", "explained_variance,l0"],
+        ["eval", run, "--out", str(tmp_path / "named"), "--metrics", "l0", "--store", address],
         ["store", "recode", address, str(tmp_path / "copy.zarr"), "--codec", "none"],
         ["store", "export", address, str(tmp_path / "npy"), "--format", "numpy"],
         ["store", "info", address],

@@ -22,7 +22,7 @@ def test_encoding_adds_nothing_and_cuts_nothing(text_tokenizers: dict[str, TextT
         for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
             assert ids.dtype == "uint32"
             assert tokenizer.bos_id not in ids.tolist()
-            saved = tokenizer._json
+            saved = tokenizer.json
             assert "".join(tokenizers.Tokenizer.from_str(saved).decode(ids.tolist(), False)) == text
 
 
@@ -70,7 +70,7 @@ def test_fingerprint_is_of_the_tokenizer_and_not_of_its_folder(
 
 
 def _id_of(tokenizer: TextTokenizer, token: str) -> int:
-    found = tokenizers.Tokenizer.from_str(tokenizer._json).token_to_id(token)
+    found = tokenizers.Tokenizer.from_str(tokenizer.json).token_to_id(token)
     assert found is not None
     return found
 
@@ -147,7 +147,7 @@ def test_saved_tokenizer_turns_ids_into_text_without_transformers(
 
 
 def test_each_id_decodes_alone(text_tokenizers: dict[str, TextTokenizer]) -> None:
-    saved = text_tokenizers["plain"]._json
+    saved = text_tokenizers["plain"].json
     ids = text_tokenizers["plain"].encode(["The word word"])[0].tolist()
     pieces = decode_tokens(saved, ids)
     assert "".join(pieces) == "The word word"
@@ -169,7 +169,7 @@ def test_decoding_says_what_is_wrong(
         "were made with.$"
     )
     with pytest.raises(InputError, match=message):
-        decode_tokens(text_tokenizers["plain"]._json, [9999])
+        decode_tokens(text_tokenizers["plain"].json, [9999])
     with pytest.raises(
         InputError,
         match=rf"^There is no tokenizer at {re.escape(str(tmp_path / 'x.json'))}\. "

@@ -1,81 +1,142 @@
-"""What every metric is: an accumulator over batches, in float64, whose result knows no batches.
+"""What every metric is: its kinds, and the values that it gives. Imports no torch.
 
-# B rows, D d_in, S d_sae
+# I items of a task, D d_in, S d_sae
+
+A metric is a class in a file of its own that begins with its definition, and a line in METRICS. Its
+kind says what it needs: rows (activations), items (labelled texts or words), or text (the language
+model). The class says in one line each what it is (`definition`), which way is better
+(`direction`), and counts `version` up when its numbers change.
 """
 
-from typing import Protocol
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from scipy.sparse import csr_array
+    from torch import Tensor
+
+    from ..evaluation.judged import Judged
+    from ..evaluation.text import TextBatch
+    from .rows import Moments, RowBatch
+
+Direction = Literal["up", "down", "none"]
+Needs = Literal["rows", "items", "text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """One number with its 95 % interval. None: not defined, or no interval.
+
+    replicates: the value in each bootstrap resample, None where a resample does not define it.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    replicates: tuple[float | None, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricResult:
+    """What a metric found: values by name, of how much, with what interval.
+
+    sample: how many rows, documents, words ... it is over; interval: how intervals were made;
+    details: anything else worth keeping, as JSON has it.
+    """
+
+    values: Mapping[str, Value]
+    sample: Mapping[str, int]
+    interval: str
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Metric(Protocol):
-    """update() for each batch, then result(): values by name."""
+    """What all kinds have."""
 
-    def update(self, x_BD: Tensor, latents_BS: Tensor, x_hat_BD: Tensor) -> None:
-        """Count one batch. Implementations keep sums only, on the device of the batch."""
+    definition: ClassVar[str]
+    direction: ClassVar[Direction]
+    version: ClassVar[int]
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What decides the numbers beside data and seed, as JSON has it."""
         ...
 
-    def result(self) -> dict[str, float]:
-        """The values over all rows so far; NaN where the rows do not define one."""
+
+class RowMetric(Metric, Protocol):
+    """Judges activations and their reconstructions; one fresh instance for each SAE and source."""
+
+    def observe(self, batch: RowBatch) -> None:
+        """Count one batch."""
+        ...
+
+    def values(self, data: Moments) -> dict[str, float]:
+        """The values over all rows so far; NaN where the rows do not define one.
+
+        data: moments of the same rows.
+        """
+        ...
+
+    def result(self, data: Moments, *, seed: int) -> MetricResult:
+        """The same with intervals."""
+        ...
+
+
+@dataclass
+class TaskData:
+    """One task of an evaluation set, shared by all SAEs and metrics.
+
+    x_ID: activations, float32, pooled (last token, marked word, or mean over tokens); label_I,
+    group_I: -1 is none; split_I: 0 train, 1 test, 2 out of distribution; texts: of each item;
+    cache: what is worked out once for all SAEs, such as ground-truth probes.
+    """
+
+    name: str
+    suite: str
+    classes: list[str]
+    groups: list[str] | None
+    x_ID: NDArray[np.float32]
+    label_I: NDArray[np.int32]
+    group_I: NDArray[np.int32]
+    split_I: NDArray[np.uint8]
+    document_I: NDArray[np.int64]
+    texts: Sequence[str]
+    seed: int
+    cache: dict[str, Any] = field(default_factory=dict)
+
+
+class ItemMetric(Metric, Protocol):
+    """Judges latents on labelled items; one fresh instance for each SAE and evaluation set."""
+
+    suites: ClassVar[tuple[str, ...]]  # which suites of evaluation sets it can judge on
+
+    def observe(self, task: TaskData, judged: Judged, latents_IS: csr_array) -> None:
+        """One task: latents of its items, pooled as the activations are, float32 (I, S)."""
+        ...
+
+    def result(self, *, seed: int) -> MetricResult:
+        """Over all tasks so far."""
+        ...
+
+
+class TextMetric(Metric, Protocol):
+    """Judges what reconstructions do to the language model; one instance for all SAEs of a source,
+    so that what does not depend on the SAE is done once."""
+
+    def observe(self, text: TextBatch, judged: Sequence[Judged]) -> None:
+        """One batch of contexts."""
+        ...
+
+    def result(self, judged: Judged, *, seed: int) -> MetricResult:
+        """Of one SAE, over all contexts so far."""
         ...
 
 
 def to_float64(values: Tensor) -> Tensor:
     """float64, for sums; on the CPU where the device (Apple's) has none."""
     return values.cpu().double() if values.device.type == "mps" else values.double()
-
-
-def divide(numerator: Tensor | float, denominator: Tensor | float) -> float:
-    """The quotient, NaN where the denominator is 0."""
-    below = float(denominator)
-    return float(numerator) / below if below != 0 else float("nan")
-
-
-class Scatter:
-    """sum ||x - mean||^2 over all rows, with the mean of all rows, from one pass.
-
-    Batches are merged by Chan, Golub and LeVeque's formula: sum ||x||^2 - N ||mean||^2 cancels
-    when the mean is large, and a mean per batch would make the result depend on the batch size.
-    """
-
-    def __init__(self) -> None:
-        self.n_rows = 0
-        self._mean_D = torch.zeros(1, dtype=torch.float64)
-        self._sum = torch.zeros((), dtype=torch.float64)
-
-    def update(self, x_BD: Tensor) -> None:
-        x_BD = to_float64(x_BD)
-        if len(x_BD) == 0:
-            return
-        mean_D = x_BD.mean(dim=0)
-        own = (x_BD - mean_D).square().sum()
-        total = self.n_rows + len(x_BD)
-        if self.n_rows == 0:
-            self._mean_D, self._sum = mean_D, own
-        else:
-            shift_D = mean_D - self._mean_D
-            between = shift_D.square().sum() * (self.n_rows * len(x_BD) / total)
-            self._sum = self._sum + own + between
-            self._mean_D = self._mean_D + shift_D * (len(x_BD) / total)
-        self.n_rows = total
-
-    @property
-    def total(self) -> float:
-        return float(self._sum)
-
-
-class FractionUnexplained:
-    """sum ||x - x_hat||^2 / sum ||x - mean||^2, which two metrics are made of."""
-
-    def __init__(self) -> None:
-        self._scatter = Scatter()
-        self._error: Tensor | float = 0.0
-
-    def update(self, x_BD: Tensor, latents_BS: Tensor, x_hat_BD: Tensor) -> None:
-        self._scatter.update(x_BD)
-        self._error = self._error + (to_float64(x_BD) - to_float64(x_hat_BD)).square().sum()
-
-    @property
-    def fraction(self) -> float:
-        return divide(self._error, self._scatter.total)

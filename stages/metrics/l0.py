@@ -1,21 +1,19 @@
-"""L0: the number of latents that are not 0 on a row, mean over all rows.
+"""L0: the number of latents that are not 0 on a row, mean over all rows. In latents."""
 
-# B rows, D d_in, S d_sae
-"""
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from .base import divide
+from .base import to_float64
+from .rows import Floats, RowBatch, SumMetric, ratio
 
 
-class L0:
-    def __init__(self) -> None:
-        self._active: Tensor | int = 0
-        self._n_rows = 0
+class L0(SumMetric):
+    definition = "mean over rows of the number of latents that are not 0"
+    summed = ("active",)
 
-    def update(self, x_BD: Tensor, latents_BS: Tensor, x_hat_BD: Tensor) -> None:
-        self._active = self._active + (latents_BS != 0).sum()
-        self._n_rows += len(x_BD)
+    def sums(self, batch: RowBatch) -> dict[str, Tensor]:
+        return {"active": to_float64(batch.latents.counts_B)}
 
-    def result(self) -> dict[str, float]:
-        return {"l0": divide(self._active, self._n_rows)}
+    def of(self, totals: Mapping[str, Floats]) -> dict[str, Floats]:
+        return {"l0": ratio(totals["active"], totals["n_rows"])}

@@ -1,21 +1,29 @@
-"""Mean squared error: sum ||x - x_hat||^2 / (N d_in), the mean over rows and dimensions.
+"""Mean squared error a value: sum ||x - x_hat||^2 / (N d_in), the mean over rows and dimensions.
 
-# B rows, D d_in, S d_sae, N all rows
+# N all rows
+
+In squared units of the activations. `mse_per_token` is d_in times this.
 """
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
-from .base import divide, to_float64
+from .rows import Floats, RowBatch, SumMetric, ratio
 
 
-class Mse:
-    def __init__(self) -> None:
-        self._error: Tensor | float = 0.0
-        self._n_values = 0
+class Mse(SumMetric):
+    definition = "sum ||x - x_hat||^2 / (rows * d_in)"
+    direction = "down"
+    summed = ("error", "values")
 
-    def update(self, x_BD: Tensor, latents_BS: Tensor, x_hat_BD: Tensor) -> None:
-        self._error = self._error + (to_float64(x_BD) - to_float64(x_hat_BD)).square().sum()
-        self._n_values += x_BD.numel()
+    def sums(self, batch: RowBatch) -> dict[str, Tensor]:
+        n_rows, d_in = batch.rows.x_BD.shape
+        return {
+            "error": batch.error_B,
+            "values": torch.full((n_rows,), d_in, dtype=torch.float64),
+        }
 
-    def result(self) -> dict[str, float]:
-        return {"mse": divide(self._error, self._n_values)}
+    def of(self, totals: Mapping[str, Floats]) -> dict[str, Floats]:
+        return {"mse": ratio(totals["error"], totals["values"])}

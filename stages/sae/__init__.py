@@ -48,13 +48,16 @@ def get_architecture(name: str) -> type[Sae]:
 def load_sae(run: str | Path, device: str = "cpu") -> Sae:
     """The SAE of a run folder, ready on raw (un-normalised) activations.
 
-    Raises StoreError when the folder is not a finished run or is damaged, and InputError for a
-    device that is not there.
+    run: a folder, or hf://USER/REPO, hf://USER/REPO@REVISION, of which config.json and
+    sae.safetensors are fetched and kept in the Hub's cache. Raises StoreError when it is not a
+    finished run or is damaged, InputError for a device or a repository that is not there, and
+    NetworkError.
     """
     from ..devices import pick_device
+    from .hub import run_folder
     from .weights import read_sae
 
-    return read_sae(Path(run), pick_device(device))
+    return read_sae(run_folder(run), pick_device(device))
 
 
 __all__ = ["ARCHITECTURES", "get_architecture", "load_sae"]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...storage.errors import InputError
+from ..parallel import ALONE, Group
 from .initialise import unit_rows
 from .support import SparseSupport, Support, entries_at, row_dots, support_of
 
@@ -31,6 +33,7 @@ class TrainingPass:
     """What one pass over a batch gives the trainer.
 
     loss: all terms but the auxiliary loss of dead latents; parts: its terms, for the log
+    (of the rows of this process, if there are more: whole_batch.py)
     pre_BS: pre-activations of all latents, without gradients, in memory that the next pass of any
         SAE of the thread reuses
     fired_S: which latents were active on at least one row; l0: active latents per row, mean over B
@@ -51,18 +54,19 @@ class Workspace:
     """Memory for pre-activations, kept from pass to pass: fresh pages cost more than filling them.
 
     SAEs that step in one thread take turns with the same memory, whose contents last until another
-    asks for it; it is freed with the last of them.
+    asks for it; it is freed with the last of them. One that is private shares with none.
     """
 
     _all: ClassVar[WeakValueDictionary[tuple[object, ...], _Buffer]] = WeakValueDictionary()
 
-    def __init__(self) -> None:
+    def __init__(self, *, private: bool = False) -> None:
+        self._owner = self if private else None
         self._held: dict[tuple[int, str], _Buffer] = {}
 
     def like(self, name: str, shape: tuple[int, int], of: Tensor, dtype: torch.dtype) -> Tensor:
         """An uninitialised matrix on the device of another tensor."""
         place = threading.get_ident(), name
-        key = (*place, shape, dtype, of.device)
+        key = (id(self._owner), *place, shape, dtype, of.device)
         buffer = self._all.get(key)
         if buffer is None:
             buffer = self._all[key] = _Buffer(torch.empty(shape, dtype=dtype, device=of.device))
@@ -89,6 +93,8 @@ class Sae(nn.Module, ABC):
     # How the fit goes about it; no part of what is saved.
     reference: bool = False  # the reference trainers' behaviour where ours is another
     low_precision: bool = False  # latents are chosen by bfloat16 products
+    group: Group = ALONE  # the processes that have the other rows of a batch
+    low_products: bool = False  # full matrices are multiplied in bfloat16, off the CPU
 
     def __init__(self, *, d_in: int, d_sae: int, k: int | None) -> None:
         super().__init__()
@@ -144,6 +150,12 @@ class Sae(nn.Module, ABC):
     def start_from(self, x_BD: Tensor) -> None:
         """Whatever the first batch decides."""
 
+    @torch.no_grad()
+    def set_threshold_(self, threshold: float) -> None:
+        """Of an SAE as `initialise_` leaves it: latents become active where (x - b_dec) W_enc, or
+        x W_enc, is above the threshold. One that keeps k a row regardless has nothing to set."""
+        self.b_enc.fill_(-threshold)
+
     # --- training ---
 
     @abstractmethod
@@ -152,6 +164,15 @@ class Sae(nn.Module, ABC):
 
         sparsity: weight of the sparsity term in this step.
         """
+
+    @contextmanager
+    def own_workspace(self) -> Iterator[Workspace]:
+        """Passes inside work in memory that stays for as long as what this yields is held."""
+        before, self._workspace = self._workspace, Workspace(private=True)
+        try:
+            yield self._workspace
+        finally:
+            self._workspace = before
 
     def centred(self, x_BD: Tensor) -> Tensor:
         """What the encoder's product takes, without gradients: b_dec's comes by `encoder_bias`."""
@@ -198,7 +219,8 @@ class Sae(nn.Module, ABC):
         self, pre_BS: Tensor, centred_BD: Tensor, bias_S: Tensor | None, wanted_BS: Tensor
     ) -> Support:
         """The support of the wanted entries, whichever form is faster."""
-        support = support_of(pre_BS, wanted_BS, self.W_dec.dtype)
+        dtype = self.W_dec.dtype
+        support = support_of(pre_BS, wanted_BS, dtype, low_products=self.low_products)
         if isinstance(support, SparseSupport) and self.low_precision:
             return self._exact(support, centred_BD, bias_S)
         return support

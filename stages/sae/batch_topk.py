@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from .ksparse import KSparse
-from .selection import largest_of_batch
+from .whole_batch import largest_of_whole_batch
 
 
 class BatchTopK(KSparse):
     """Keeps `k` latents a row on average over a batch, and what exceeds the threshold later."""
 
     def largest(self, pre_BS: Tensor, k: int) -> Tensor:
-        return largest_of_batch(pre_BS, k)
+        return largest_of_whole_batch(pre_BS, k, self.group)
 
     def activate(self, pre_BS: Tensor) -> Tensor:
         return torch.where(pre_BS > self.threshold, torch.relu(pre_BS), 0)

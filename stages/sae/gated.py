@@ -34,6 +34,10 @@ class Gated(Sae):
     def initialise_(self, seed: int) -> None:
         self._tie_to(gaussian_rows(self.d_sae, self.d_in, torch.Generator().manual_seed(seed)))
 
+    @torch.no_grad()
+    def set_threshold_(self, threshold: float) -> None:
+        self.b_gate.fill_(-threshold)
+
     @property
     def offset(self) -> Tensor | None:
         return None

@@ -6,6 +6,8 @@
 import torch
 from torch import Tensor
 
+from .asking import may_ask
+
 
 def unit_rows(d_sae: int, d_in: int, generator: torch.Generator) -> Tensor:
     """Kaiming-uniform rows (S, D) scaled to unit norm, in float32.
@@ -30,12 +32,16 @@ def geometric_median(x_BD: Tensor, *, max_iterations: int = 100, tolerance: floa
     A row that is the guess itself would get infinite weight and turn everything into NaN; its
     distance is bounded from below instead.
     """
-    guess_D = x_BD.mean(dim=0)
+    guess_D, is_near = x_BD.mean(dim=0), torch.zeros((), dtype=torch.bool, device=x_BD.device)
     smallest = torch.finfo(x_BD.dtype).tiny ** 0.5
     for _ in range(max_iterations):
         weights_B = 1 / (x_BD - guess_D).norm(dim=1).clamp_min(smallest)
         weights_B /= weights_B.sum()
         previous_D, guess_D = guess_D, (weights_B[:, None] * x_BD).sum(dim=0)
-        if (guess_D - previous_D).norm() < tolerance:
-            break
+        if may_ask(x_BD):
+            if (guess_D - previous_D).norm() < tolerance:
+                break
+        else:  # what would have ended stays as it is
+            guess_D = torch.where(is_near, previous_D, guess_D)
+            is_near |= (guess_D - previous_D).norm() < tolerance
     return guess_D

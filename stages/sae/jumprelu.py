@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class JumpRelu(Sae):
-    """W_enc (D, S), b_enc, threshold (S), W_dec (S, D), b_dec (D); b_dec is not subtracted."""
+    """W_enc (D, S), b_enc, threshold (S), W_dec (S, D), b_dec (D).
+
+    A fit does not subtract b_dec; SAEs of other tools that do can be held.
+    """
 
     scaled_by_norm = ("b_enc", "b_dec", "threshold")
 
@@ -41,10 +44,13 @@ class JumpRelu(Sae):
         k: int | None,
         bandwidth: float = 0.001,
         start_threshold: float = 0.001,
+        subtract_b_dec: bool = False,
     ) -> None:
-        """k: the target; bandwidth: eps; start_threshold: theta at first."""
+        """k: the target; bandwidth: eps; start_threshold: theta at first; subtract_b_dec: whether
+        the encoder sees x - b_dec."""
         super().__init__(d_in=d_in, d_sae=d_sae, k=k)
         self.bandwidth, self.start_threshold = bandwidth, start_threshold
+        self._subtracts_b_dec = subtract_b_dec
 
     def add_biases(self) -> None:
         super().add_biases()
@@ -56,27 +62,34 @@ class JumpRelu(Sae):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"bandwidth": self.bandwidth, "start_threshold": self.start_threshold}
+        options = {"bandwidth": self.bandwidth, "start_threshold": self.start_threshold}
+        # Not in the configs of fits, so that they are what they were before there was a choice.
+        return options | ({"subtract_b_dec": True} if self._subtracts_b_dec else {})
 
     @property
     def subtracts_b_dec(self) -> bool:
-        return False
+        return self._subtracts_b_dec
 
     @torch.no_grad()
     def initialise_(self, seed: int) -> None:
         super().initialise_(seed)
         self.threshold.fill_(self.start_threshold)
 
+    @torch.no_grad()
+    def set_threshold_(self, threshold: float) -> None:
+        self.threshold.fill_(threshold)
+
     def activate(self, pre_BS: Tensor) -> Tensor:
         return torch.where(pre_BS > self.threshold, torch.relu(pre_BS), 0)
 
     def training_pass(self, x_BD: Tensor, sparsity: Tensor | float = 0.0) -> TrainingPass:
         assert self.k is not None
-        pre_BS = self.pre_activations(x_BD, self.b_enc)
+        centred_BD = self.centred(x_BD)
+        pre_BS = self.pre_activations(centred_BD, self.b_enc)
         # Everything that is active or inside the kernel.
         lowest_S = (self.threshold.detach() - self.bandwidth / 2).to(pre_BS.dtype)
-        support = self.support(pre_BS, x_BD, self.b_enc, pre_BS > lowest_S)
-        z_V = support.encode(x_BD, self.W_enc, self.b_enc)
+        support = self.support(pre_BS, centred_BD, self.b_enc, pre_BS > lowest_S)
+        z_V = support.encode(centred_BD, self.W_enc, self.encoder_bias(self.b_enc))
         theta_V = support.per_latent(self.threshold)
         latents_V: Tensor = _Jump.apply(z_V, theta_V, self.bandwidth)  # type: ignore[no-untyped-call]
         x_hat_BD = support.decode(latents_V, self.W_dec) + self.b_dec
@@ -84,14 +97,17 @@ class JumpRelu(Sae):
         active_V = (z_V > theta_V).detach().to(x_BD.dtype)
         near_S = self._near(z_V.detach(), theta_V.detach(), active_V, support)
         l0: Tensor = _Count.apply(  # type: ignore[no-untyped-call]
-            self.threshold, active_V.sum() / len(x_BD), near_S / len(x_BD), self.bandwidth
+            self.threshold,
+            self.group.mean(active_V.sum() / len(x_BD)),  # the penalty is no mean over rows
+            near_S / len(x_BD),
+            self.bandwidth,
         )
         penalty = (l0 / self.k - 1).square()
         return TrainingPass(
             loss=l2 + sparsity * penalty,
             parts={"l2": l2.detach(), "sparsity": penalty.detach()},
             x_hat_BD=x_hat_BD.detach(),
-            centred_BD=x_BD,
+            centred_BD=centred_BD,
             pre_BS=pre_BS,
             fired_S=support.latent_sums(active_V) > 0,
             l0=l0.detach(),

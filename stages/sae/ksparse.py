@@ -54,7 +54,8 @@ class KSparse(Sae):
     @torch.no_grad()
     def start_from(self, x_BD: Tensor) -> None:
         """b_dec becomes the geometric median of the first batch."""
-        self.b_dec.copy_(geometric_median(x_BD))
+        whole_BD = self.group.gather(x_BD).flatten(0, 1)
+        self.b_dec.copy_(geometric_median(whole_BD))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *rest: object
@@ -111,6 +112,10 @@ class KSparse(Sae):
     @property
     def is_ready(self) -> bool:
         return bool(self.threshold >= 0)
+
+    @torch.no_grad()
+    def set_threshold_(self, threshold: float) -> None:
+        self.threshold.fill_(threshold)
 
     @torch.no_grad()
     def fold_norm_factor_(self, norm_factor: float) -> None:

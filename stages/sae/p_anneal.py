@@ -73,11 +73,12 @@ class PAnnealing:
         self.done = 0
         self.queue: list[tuple[Tensor, Tensor]] = []
 
-    def observe(self, step: int, parts: Mapping[str, Tensor], sparsity: Sparsity) -> None:
-        """Count one step; the next pass uses what this decides."""
+    def observe(self, step: int, values: Mapping[str, Any], sparsity: Sparsity) -> None:
+        """Count one step; the next pass uses what this decides. values: of a pass, its parts."""
         sae = self._sae
         if sae.next_p is not None:
-            self.queue.append((parts["sparsity"], parts["next_sparsity"]))
+            now, after = (values[key].to(sae.W_dec.dtype) for key in ("sparsity", "next_sparsity"))
+            self.queue.append((now, after))
             self.queue = self.queue[-self._length :]
         if self.done >= len(self._update_steps) or step != self._update_steps[self.done]:
             return

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .asking import may_ask
 from .support import flat_nonzero
 
 # Of a row: so few groups that finding the bound is quick, so many that it is close.
@@ -27,7 +28,7 @@ def largest_of_rows(pre_BS: Tensor, k: int) -> Tensor:
     n_rows, n_latents = pre_BS.shape
     n_groups = max(_LEAST_GROUPS, _GROUPS_A_K * k)
     is_worth_it = _LEAST_GROUP_SIZE * n_groups <= n_latents and pre_BS.dtype != torch.bfloat16
-    if pre_BS.device.type == "cpu" and is_worth_it:
+    if may_ask(pre_BS) and is_worth_it:
         latent_BK = _largest_above_a_bound(pre_BS, k, n_groups)
     else:
         latent_BK = pre_BS.topk(k, dim=1, sorted=False).indices
@@ -65,7 +66,7 @@ def largest_of_batch(pre_BS: Tensor, k: int) -> Tensor:
     Of equal entries at the limit the first are kept (on a GPU, whichever torch's topk takes).
     """
     n_kept = k * len(pre_BS)
-    if pre_BS.device.type != "cpu":
+    if not may_ask(pre_BS):
         return pre_BS.view(-1).topk(n_kept, sorted=False).indices.sort().values
     guess = _sampled_limit(pre_BS, k)
     for margin in _MARGINS:

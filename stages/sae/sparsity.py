@@ -22,7 +22,7 @@ _MEMORY = 0.9
 
 
 class Sparsity:
-    """`weight(step)` of each step's penalty; `observe_` after it."""
+    """`weight(warmth(step))` of each step's penalty; `observe_` after it."""
 
     def __init__(
         self,
@@ -40,10 +40,13 @@ class Sparsity:
         self.coefficient = torch.tensor(coefficient, dtype=dtype, device=device)
         self.mean_l0 = torch.tensor(-1.0, dtype=dtype, device=device)
 
-    def weight(self, step: int) -> Tensor:
-        """The coefficient, risen from 0 over the warm-up."""
-        warm = min(step / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
-        return self.coefficient * warm
+    def warmth(self, step: int) -> float:
+        """How much of the coefficient counts: it rises from 0 to 1 over the warm-up."""
+        return min(step / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
+
+    def weight(self, warmth: float | Tensor) -> Tensor:
+        """The coefficient as far as it counts."""
+        return self.coefficient * warmth
 
     def observe_(self, step: int, l0: Tensor) -> None:
         """Count one step's L0; nothing waits for the device."""
@@ -51,7 +54,7 @@ class Sparsity:
             return
         l0 = l0.to(self.mean_l0)
         averaged = _MEMORY * self.mean_l0 + (1 - _MEMORY) * l0
-        self.mean_l0 = torch.where(self.mean_l0 < 0, l0, averaged)
+        self.mean_l0.copy_(torch.where(self.mean_l0 < 0, l0, averaged))
         if step < self.warmup_steps:
             return
         # An L0 of 0 counts as a hundredth of a latent: its logarithm has an end.
@@ -60,7 +63,7 @@ class Sparsity:
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply the coefficient."""
-        self.coefficient = self.coefficient * factor.to(self.coefficient)
+        self.coefficient.mul_(factor.to(self.coefficient))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that later weights depend on."""
@@ -68,4 +71,5 @@ class Sparsity:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up another's state."""
-        self.coefficient, self.mean_l0 = state["sparsity"].to(self.coefficient).unbind()
+        for own, saved in zip((self.coefficient, self.mean_l0), state["sparsity"], strict=True):
+            own.copy_(saved)

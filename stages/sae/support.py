@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .asking import may_ask
+
 # Of all (row, latent) pairs: beyond this share the dense products are faster on a CPU.
 DENSE_SHARE = 0.1
 _SUM = 0  # embedding_bag's number for it
+_PIECE = 64  # entries that one thread of a GPU adds up
 
 
 class Support(ABC):
@@ -59,6 +62,7 @@ class SparseSupport(Support):
         self.pre_N, self.row_N, self.latent_N = pre_N, row_N, latent_N
         self.n_rows, self.n_latents = shape
         self._by_latent: tuple[Tensor, Tensor] | None = None
+        self._pieces: tuple[Tensor, Tensor] | None = None
 
     @property
     def by_latent(self) -> tuple[Tensor, Tensor]:
@@ -67,6 +71,23 @@ class SparseSupport(Support):
             latent_N, order_N = torch.sort(self.latent_N, stable=True)
             self._by_latent = order_N, starts_of(latent_N, self.n_latents)
         return self._by_latent
+
+    def sums_by_latent(self, table: Tensor, index_N: Tensor, weight_N: Tensor) -> Tensor:
+        """For each latent the sum over its entries n of weight[n] * table[index[n]]: (S, ...)."""
+        order_N, starts_S = self.by_latent
+        index_N, weight_N = index_N[order_N], weight_N[order_N]
+        if may_ask(weight_N):
+            return weighted_row_sums(table, index_N, weight_N, starts_S)
+        # A thread of embedding_bag adds up a bag entry by entry, and all wait for the latent that is
+        # active on half of the rows. So bags are pieces of few entries, and then few pieces.
+        if self._pieces is None:
+            cuts = torch.arange(0, len(order_N), _PIECE, device=starts_S.device)
+            cuts_P = torch.cat([starts_S, cuts]).sort().values
+            self._pieces = cuts_P, torch.searchsorted(cuts_P, starts_S)
+        cuts_P, firsts_S = self._pieces
+        pieces = weighted_row_sums(table, index_N, weight_N, cuts_P)
+        all_P = torch.arange(len(pieces), device=pieces.device)
+        return weighted_row_sums(pieces, all_P, pieces.new_ones(len(pieces)), firsts_S)
 
     def encode(self, x_BD: Tensor, w_enc_DS: Tensor, bias_S: Tensor | None) -> Tensor:
         values: Tensor = _EncodeAt.apply(w_enc_DS.T, bias_S, x_BD, self)  # type: ignore[no-untyped-call]
@@ -88,24 +109,29 @@ class SparseSupport(Support):
 
     def latent_sums(self, values_V: Tensor) -> Tensor:
         # Not index_add, which adds in no fixed order on a GPU.
-        order_N, starts_S = self.by_latent
-        one, zero_N = values_V.new_ones(1, 1), torch.zeros_like(order_N)
-        return weighted_row_sums(one, zero_N, values_V.detach()[order_N], starts_S).squeeze(1)
+        one, zero_N = values_V.new_ones(1, 1), torch.zeros_like(self.latent_N)
+        return self.sums_by_latent(one, zero_N, values_V.detach()).squeeze(1)
 
 
 class FullSupport(Support):
     """All latents of all rows, as matrices."""
 
-    def __init__(self, pre_BS: Tensor) -> None:
-        """pre_BS: what `encode` gives, without gradients."""
-        self.pre_BS, self.n_rows = pre_BS, len(pre_BS)
+    def __init__(self, pre_BS: Tensor, *, low_products: bool = False) -> None:
+        """pre_BS: what `encode` gives, without gradients; low_products: multiply in bfloat16."""
+        self.pre_BS, self.n_rows, self.low_products = pre_BS, len(pre_BS), low_products
 
     def encode(self, x_BD: Tensor, w_enc_DS: Tensor, bias_S: Tensor | None) -> Tensor:
-        values: Tensor = _EncodeAll.apply(w_enc_DS.T, bias_S, x_BD, self.pre_BS)  # type: ignore[no-untyped-call]
+        values: Tensor = _EncodeAll.apply(w_enc_DS.T, bias_S, x_BD, self)  # type: ignore[no-untyped-call]
         return values
 
     def decode(self, values_V: Tensor, w_dec_SD: Tensor) -> Tensor:
-        return values_V @ w_dec_SD
+        return self.product(values_V, w_dec_SD)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """left @ right, in the type of left. Tensor cores add up in float32 whatever they multiply."""
+        if not self.low_products:
+            return left @ right
+        return (left.bfloat16() @ right.bfloat16()).to(left.dtype)
 
     def per_latent(self, parameter_S: Tensor) -> Tensor:
         return parameter_S
@@ -117,17 +143,19 @@ class FullSupport(Support):
         return values_V.detach().sum(dim=0)
 
 
-def support_of(pre_BS: Tensor, wanted_BS: Tensor, dtype: torch.dtype) -> Support:
+def support_of(
+    pre_BS: Tensor, wanted_BS: Tensor, dtype: torch.dtype, *, low_products: bool = False
+) -> Support:
     """The support of the wanted entries: sparse on a CPU when they are few, else full.
 
     How many there are is only asked on a CPU, where asking costs nothing: a GPU would wait for it.
-    dtype: of the values.
+    dtype: of the values; low_products: of a full one.
     """
-    if pre_BS.device.type == "cpu":
+    if may_ask(pre_BS):
         n_wanted = int(torch.count_nonzero(wanted_BS))
         if n_wanted <= DENSE_SHARE * wanted_BS.numel():
             return entries_at(pre_BS, flat_nonzero(wanted_BS))
-    return FullSupport(pre_BS.to(dtype))
+    return FullSupport(pre_BS.to(dtype), low_products=low_products)
 
 
 def entries_at(pre_BS: Tensor, flat_N: Tensor) -> SparseSupport:
@@ -205,11 +233,10 @@ class _EncodeAt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_N,), (x_BD,), support = grads, ctx.saved_tensors, ctx.support
-        order_N, starts_S = support.by_latent
         bias_grad_S = support.latent_sums(grad_N) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, bias_grad_S, None, None
-        w_grad_SD = weighted_row_sums(x_BD, support.row_N[order_N], grad_N[order_N], starts_S)
+        w_grad_SD = support.sums_by_latent(x_BD, support.row_N, grad_N)
         return w_grad_SD, bias_grad_S, None, None
 
 
@@ -218,16 +245,17 @@ class _EncodeAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, w_enc_SD: Tensor, bias_S: Tensor | None, x_BD: Tensor, pre_BS: Tensor
+        ctx: Any, w_enc_SD: Tensor, bias_S: Tensor | None, x_BD: Tensor, support: FullSupport
     ) -> Tensor:
         ctx.save_for_backward(x_BD)
-        return pre_BS.view_as(pre_BS)
+        ctx.support = support
+        return support.pre_BS.view_as(support.pre_BS)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BS,), (x_BD,) = grads, ctx.saved_tensors
         bias_grad_S = grad_BS.sum(dim=0) if ctx.needs_input_grad[1] else None
-        w_grad_SD = grad_BS.T @ x_BD if ctx.needs_input_grad[0] else None
+        w_grad_SD = ctx.support.product(grad_BS.T, x_BD) if ctx.needs_input_grad[0] else None
         return w_grad_SD, bias_grad_S, None, None
 
 
@@ -256,6 +284,5 @@ class _DecodeAt(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             value_grad_N = row_dots(grad_bags, bag_N, w_dec_SD, support.latent_N)
         if ctx.needs_input_grad[1]:
-            order_N, starts_S = support.by_latent
-            w_grad_SD = weighted_row_sums(grad_bags, bag_N[order_N], values_N[order_N], starts_S)
+            w_grad_SD = support.sums_by_latent(grad_bags, bag_N, values_N)
         return value_grad_N, w_grad_SD, None, None, None

@@ -66,7 +66,9 @@ class TopK(KSparse):
         smallest_B = torch.where(latents_BK > 0, latents_BK, torch.inf).amin(dim=1).float()
         counts_B = smallest_B.isfinite()
         # 0 / 0, when no row counts, is the NaN by which the threshold knows.
-        return torch.where(counts_B, smallest_B, 0).sum() / counts_B.sum()
+        sums = torch.stack([torch.where(counts_B, smallest_B, 0), counts_B.float()]).sum(dim=1)
+        total, count = self.group.sum(sums).unbind()
+        return total / count
 
     def reconstruct(self, x_BD: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
         loss, x_hat_BD = super().reconstruct(x_BD, kept)

@@ -5,7 +5,9 @@ what else the architecture's constructor takes; a run's config.json holds the re
 Nothing is ever pickled.
 """
 
-import json
+import inspect
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ...storage.errors import StoreError
 from ...storage.files import write_json, write_whole
+from ..plain_json import parse_plain_json
 from . import ARCHITECTURES, get_architecture
 from .base import Sae
 
@@ -23,6 +26,12 @@ FORMAT = "sae-pipe run"
 FORMAT_VERSION = 1
 CONFIG_LIMIT_BYTES = 1 << 24  # a config is a few kB
 DTYPES = (torch.float32, torch.float64)
+_DTYPE_NAMES = {  # as safetensors has them
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def describe_sae(sae: Sae) -> dict[str, Any]:
@@ -75,8 +84,8 @@ def load_config(folder: Path) -> Any:
     if file.stat().st_size > CONFIG_LIMIT_BYTES:
         raise StoreError(f"{file} is damaged: a config of that size cannot be. Fit the run again.")
     try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return parse_plain_json(file.read_bytes())
+    except ValueError as error:
         raise StoreError(
             f"{file} is damaged: it is not JSON ({error}). Fit the run again."
         ) from error
@@ -106,42 +115,103 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _rebuild(folder: Path, section: Any) -> Sae:
     try:
+        return rebuild_sae(section)
+    except ValueError as error:
+        raise StoreError(
+            f"Run {folder} cannot be loaded: config.json describes no SAE ({error}). "
+            "Fit the run again."
+        ) from error
+
+
+def rebuild_sae(section: Any) -> Sae:
+    """The module that `describe_sae` described, without storage: shapes are known, no memory taken.
+
+    Raises ValueError when the section describes none.
+    """
+    try:
         options = dict(section)
         architecture = get_architecture(options.pop("architecture"))
         sizes = [options[name] for name in ("d_in", "d_sae", "k")]
         given = sizes if sizes[2] is not None else sizes[:2]  # k: of those that have one
         if any(type(size) is not int or size < 1 for size in given):
             raise ValueError(f"sizes {sizes}")
-        # Built without storage: the sizes are checked against the file before memory is taken.
+        _check_types(architecture, options)
         with torch.device("meta"):
-            sae = architecture(**options)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise StoreError(
-            f"Run {folder} cannot be loaded: config.json describes no SAE ({error}). "
-            "Fit the run again."
-        ) from error
-    return sae
+            return architecture(**options)
+    except (KeyError, TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _check_types(architecture: type[Sae], options: dict[str, Any]) -> None:
+    """ValueError for a value that JSON allows and the constructor does not expect."""
+    for name, parameter in inspect.signature(architecture).parameters.items():
+        expected, value = _TYPES.get(str(parameter.annotation)), options.get(name)
+        is_default = name not in options or value is parameter.default
+        if expected is not None and not is_default and not expected(value):
+            raise ValueError(f"{name} is {str(value)[:100]!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_list_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(kind(each) for each in value)
+
+
+# Annotations of constructors, which are texts there, and whether a value is one.
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "bool": lambda value: isinstance(value, bool),
+    "str": lambda value: isinstance(value, str),
+    "float": _is_number,
+    "Sequence[int]": _is_list_of(lambda value: type(value) is int),
+    "Sequence[float] | None": _is_list_of(_is_number),
+}
+
+
+def weights_limit_bytes(sae: Sae) -> int:
+    """What sae.safetensors can take at most: float64, and a header."""
+    n_numbers = sum(math.prod(shape) for shape in sae.parameter_shapes().values())
+    return n_numbers * torch.float64.itemsize + (1 << 20)
 
 
 def _read_tensors(file: Path, sae: Sae) -> dict[str, Tensor]:
     expected = sae.parameter_shapes()
-    tensors = read_safetensors(file)
-    missing = sorted(set(expected) ^ set(tensors))
+    headers = _read_headers(file)
+    missing = sorted(set(expected) ^ set(headers))
     if missing:
         raise StoreError(
             f"{file} does not hold the tensors of its architecture: {', '.join(missing)} "
             "should not be there or are missing. Fit the run again."
         )
     for name, shape in expected.items():
-        found = tensors[name]
-        if tuple(found.shape) != shape or found.dtype not in DTYPES:
+        found_shape, dtype = headers[name]
+        if found_shape != shape or dtype not in DTYPES:
             raise StoreError(
-                f"{file} holds {name} as {found.dtype} {tuple(found.shape)}, but config.json asks "
+                f"{file} holds {name} as {dtype} {found_shape}, but config.json asks "
                 f"for float32 {shape}. Fit the run again."
             )
+    tensors = read_safetensors(file)
+    for name, found in tensors.items():
         if not found.isfinite().all():
             raise StoreError(f"{file} holds NaN or Inf in {name}. Fit the run again.")
     return tensors
+
+
+def _read_headers(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | str]]:
+    """Shape and number format of every tensor of a file, none of which is read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {
+                name: (
+                    tuple(each.get_shape()),
+                    _DTYPE_NAMES.get(each.get_dtype(), each.get_dtype()),
+                )
+                for name, each in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise damaged_weights(file, error) from error
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -150,6 +220,11 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise StoreError(
-            f"{file} is damaged: it is not a safetensors file ({error}). Fit the run again."
-        ) from error
+        raise damaged_weights(file, error) from error
+
+
+def damaged_weights(file: Path, error: Exception) -> StoreError:
+    """The sentence for a file that safetensors cannot read."""
+    return StoreError(
+        f"{file} is damaged: it is not a safetensors file ({error}). Fit the run again."
+    )

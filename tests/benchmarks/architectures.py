@@ -19,7 +19,7 @@ import torch
 
 from sae_pipe.pipeline import cli_demo
 from sae_pipe.stages.fit import Summary, fit
-from sae_pipe.stages.fitconfig import FitConfig
+from sae_pipe.stages.fitconfig import OPTIMIZER_STATES, FitConfig
 from sae_pipe.stages.harvest import harvest
 from sae_pipe.stages.harvest_config import HarvestConfig
 from sae_pipe.stages.sae import ARCHITECTURES
@@ -69,6 +69,7 @@ def table(store: ActivationStore, runs: Path, arguments: argparse.Namespace) -> 
                 batch_size=arguments.batch_size,
                 seed=arguments.seed,
                 device=arguments.device,
+                optimizer_state=arguments.optimizer_state,
             )
             folder = runs / f"{arch}-l0_{l0}-seed{arguments.seed}"
             try:
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--optimizer-state", choices=OPTIMIZER_STATES, default="float32")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         store = (

@@ -10,9 +10,13 @@ in the runs with AuxK have long not fired (their encoder is so small that they a
 positive in half of the rows, so that AuxK has as much to do as it can). How many latents were
 active and dead in the last timed step is told.
 
+With --device cuda ours is timed captured and eager, with float32, TF32 and bfloat16 products; each also as
+a share of the bfloat16 matrix rate measured there; and eight SAEs of one stream beside one.
+
     pip install --no-deps dictionary-learning einops
     python tests/benchmarks/fit_speed.py                    # d_in 768, d_sae 4096, batch 2048, k 20
     python tests/benchmarks/fit_speed.py --arch topk gated --rounds 9 --store acts.zarr
+    python tests/benchmarks/fit_speed.py --device cuda --d-sae 4096 65536 --batch-size 2048 4096
 """
 
 # B rows, D d_in, S d_sae
@@ -20,17 +24,20 @@ active and dead in the last timed step is told.
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import peer_trainers
 import torch
+from fit_on_device import matrix_rate, share, together_line, wait, warmed
 from superposition import Superposition
 from torch import Tensor
 
@@ -46,6 +53,7 @@ DEAD_SHARE, DEAD_ENCODER_NORM = 0.25, 0.1
 LR = 1e-6  # what is dead stays dead, and what is sparse sparse
 SPARSITY = 0.01  # of the penalties; it does not matter for the time
 UNTIMED_STEPS = 3  # b_dec, optimiser state, workspaces
+UNTIMED_GPU_STEPS = 8  # and the record of a step
 
 
 @dataclass
@@ -104,7 +112,13 @@ def parameters(
 
 
 def our_side(
-    arch: str, arguments: argparse.Namespace, start: dict[str, Tensor], *, dead: int, **options: Any
+    arch: str,
+    arguments: argparse.Namespace,
+    start: dict[str, Tensor],
+    batch_BD: Tensor,
+    *,
+    dead: int,
+    **options: Any,
 ) -> Contestant:
     known = {field.name for field in fields(FitConfig)}
     wanted: dict[str, Any] = {"sparsity": SPARSITY, "sparsity_warmup_steps": 1, **options}
@@ -124,7 +138,7 @@ def our_side(
         warmup_steps=1,
         threshold_start=0,
         dead_after_tokens=DEAD_AFTER,
-        device="cpu",
+        device=arguments.device,
         **wanted,
     )
     trainer = build_trainer(config, arguments.d_in)
@@ -132,21 +146,39 @@ def our_side(
         for name, parameter in trainer.sae.named_parameters():
             if name in start:
                 parameter.copy_(start[name])
+    with torch.no_grad():
+        trainer.sae.start_from(batch_BD)
     state = trainer.state_dict()
-    if dead:
-        state["tokens_since_fired"][:dead] = DEAD_AFTER
-        trainer.load_state_dict(state)
+    # So late that latents can be dead, which a step on a GPU does not look at before.
+    state["updates"] = torch.tensor(DEAD_AFTER // arguments.batch_size + 1)
+    state["tokens_since_fired"][:dead] = DEAD_AFTER
+    trainer.load_state_dict(state)
     values: dict[str, Any] = {}
 
     def step(batch_BD: Tensor) -> None:
-        values.update(trainer.step(batch_BD))
+        with products(options.get("dtype", "float32")):
+            values.update(trainer.step(batch_BD))
 
     return Contestant(
-        name="ours" + "".join(f", {value}" for value in options.values()),
+        name="ours" + "".join(f", {NAMES.get(value, value)}" for value in options.values()),
         step=step,
         active=lambda: float(values["l0"]),
         dead=lambda: int(values.get("dead", 0)),
     )
+
+
+NAMES = {False: "eager", "bf16": "bf16 selection"}
+
+
+@contextmanager
+def products(dtype: str) -> Iterator[None]:
+    """As a fit of that type has them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def their_side(
@@ -163,7 +195,7 @@ def their_side(
         if arch == "p_anneal":
             options |= {"anneal_start": STEPS // 2, "anneal_end": STEPS - 1, "p_end": 0.2}
     sizes = {"d_in": arguments.d_in, "d_sae": arguments.d_sae, "k": arguments.l0}
-    trainer = peer_trainers.build(arch, **sizes, **options)
+    trainer = peer_trainers.build(arch, **sizes, device=arguments.device, **options)
     peer_trainers.give(trainer, arch, start)
     if dead:
         trainer.num_tokens_since_fired[:dead] = DEAD_AFTER
@@ -186,49 +218,75 @@ def their_side(
 
 def race(contestants: list[Contestant], batches: list[Tensor], rounds: int, steps: int) -> Any:
     """Steps per second of each contestant in each round."""
-    turn = 0
+    turn, device = 0, batches[0].device
     for contestant in contestants:
-        for i in range(UNTIMED_STEPS):
+        for i in range(UNTIMED_STEPS if device.type == "cpu" else UNTIMED_GPU_STEPS):
             contestant.step(batches[i % len(batches)])
     rates: list[list[float]] = [[] for _ in contestants]
     for _ in range(rounds):
         for contestant, found in zip(contestants, rates, strict=True):
+            wait(device)
             begun = time.perf_counter()
             for i in range(steps):
                 contestant.step(batches[(turn + i) % len(batches)])
+            wait(device)
             found.append(steps / (time.perf_counter() - begun))
         turn += steps
     return rates
 
 
-def lines(arch: str, arguments: argparse.Namespace, data: Any) -> Iterator[str]:
-    """The table's lines of one architecture."""
-    batches, directions_FD, mean_D = data
+def lines(arch: str, arguments: argparse.Namespace, data: Any, rate: float) -> Iterator[str]:
+    """The table's lines of one architecture. rate: of matrix products, operations per second."""
+    sizes = arguments.batch_size, arguments.d_in, arguments.d_sae
+    rows, directions_FD, mean_D = data
+    batches = [each.to(arguments.device) for each in rows]
     for dead in (0, int(DEAD_SHARE * arguments.d_sae)):
         if dead and arch not in peer_trainers.TOPK_FAMILY:
             continue
-        start = parameters(arch, batches[0], directions_FD, mean_D, arguments.d_sae, arguments.l0)
+        start = parameters(arch, rows[0], directions_FD, mean_D, arguments.d_sae, arguments.l0)
         contestants = [
             their_side(arch, arguments, start, batches[0], dead=dead),
-            our_side(arch, arguments, start, dead=dead),
+            our_side(arch, arguments, start, batches[0], dead=dead),
         ]
-        for options in variants(arch):
-            contestants.append(our_side(arch, arguments, start, dead=dead, **options))
+        for options in variants(arch, arguments.device):
+            contestants.append(our_side(arch, arguments, start, batches[0], dead=dead, **options))
         rates = race(contestants, batches, arguments.rounds, arguments.steps)
         for contestant, found in zip(contestants, rates, strict=True):
             ratios = sorted(a / b for a, b in zip(found, rates[0], strict=True))
+            speed = statistics.median(found)
             yield (
-                f"| {arch} | {contestant.name} | {statistics.median(found):.2f} | "
+                f"| {arch} | {arguments.d_sae} | {arguments.batch_size} | {contestant.name} | "
+                f"{speed:.2f} | "
                 f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | "
+                f"{share(speed, 1, sizes, rate):.1%} | {share(speed, 5, sizes, rate):.1%} | "
                 f"{contestant.active():.1f} | {contestant.dead()} |"
             )
 
 
-def variants(arch: str) -> Iterator[dict[str, Any]]:
+def variants(arch: str, device: str) -> Iterator[dict[str, Any]]:
     """Ways of ours to do the same beside the default one."""
     names = {field.name for field in fields(FitConfig)}
     if arch in peer_trainers.TOPK_FAMILY and "selection" in names:
         yield {"selection": "bf16"}
+    if device.startswith("cuda"):
+        yield {"capture": False}
+        yield {"dtype": "tf32"}
+        yield {"dtype": "bfloat16"}
+        yield {"dtype": "bfloat16", "capture": False}
+
+
+def together(arch: str, arguments: argparse.Namespace, data: Any) -> str:
+    """One SAE, and several that are given the same batches."""
+    rows, directions_FD, mean_D = data
+    batches = [each.to(arguments.device) for each in rows]
+    start = parameters(arch, rows[0], directions_FD, mean_D, arguments.d_sae, arguments.l0)
+    sides = [
+        our_side(arch, arguments, start, batches[0], dead=0, seed=seed).step
+        for seed in range(arguments.saes + 1)
+    ]
+    one, *many = warmed(sides, batches, UNTIMED_GPU_STEPS)
+    sizes = {"device": batches[0].device, "rounds": arguments.rounds, "steps": arguments.steps}
+    return f"{arch}, d_sae {arguments.d_sae}: {together_line(one, many, batches, **sizes)}"
 
 
 def main() -> None:
@@ -236,13 +294,15 @@ def main() -> None:
     both = [arch for arch in ARCHITECTURES if arch in peer_trainers.TRAINERS]
     parser.add_argument("--arch", nargs="+", choices=both, default=both)
     parser.add_argument("--d-in", type=int, default=768)
-    parser.add_argument("--d-sae", type=int, default=4096)
+    parser.add_argument("--d-sae", type=int, nargs="+", default=[4096])
     parser.add_argument("--l0", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[2048])
     parser.add_argument("--batches", type=int, default=4, help="different ones, gone round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="of each side in a round")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--saes", type=int, default=0, help="also so many together; 8 on cuda")
     parser.add_argument("--store", type=Path, help="rows of a store instead of synthetic ones")
     arguments = parser.parse_args()
     if not peer_trainers.are_installed():
@@ -258,15 +318,34 @@ def main() -> None:
     print(f"versions  { {name: importlib.metadata.version(name) for name in names} }")
     print(f"command   {' '.join(sys.argv)}")
     print(f"load      {os.getloadavg()[0]:.1f} before the first round\n")
-    print("| architecture | side | steps/s | ratio (range) | active latents | dead |")
-    print("|---|---|---|---|---|---|")
-    data = batches_of(arguments)
-    for arch in arguments.arch:
-        try:
-            for line in lines(arch, arguments, data):
-                print(line, flush=True)
-        except InputError as error:
-            print(f"{arch}: {error}")
+    device = torch.device(arguments.device)
+    rate = matrix_rate(device, torch.bfloat16)
+    print(f"bfloat16  {rate / 1e12:.3g} T operations/s in a large product\n")
+    print(
+        "| architecture | d_sae | batch | side | steps/s | ratio (range) | encoder's product of the "
+        "matrix rate | all five products | active latents | dead |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    notes = []
+    for sized in each_size(arguments):
+        data = batches_of(sized)
+        for arch in arguments.arch:
+            try:
+                for line in lines(arch, sized, data, rate):
+                    print(line, flush=True)
+                if sized.saes:
+                    notes.append(together(arch, sized, data))
+            except InputError as error:
+                print(f"{arch}: {error}")
+    print("\n" + "\n".join(notes))
+
+
+def each_size(arguments: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """The arguments of each combination of a number of latents and of rows."""
+    saes = arguments.saes or (8 if arguments.device.startswith("cuda") else 0)
+    for d_sae, batch_size in itertools.product(arguments.d_sae, arguments.batch_size):
+        sizes = {"d_sae": d_sae, "batch_size": batch_size, "saes": saes}
+        yield argparse.Namespace(**(vars(arguments) | sizes))
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def are_installed() -> bool:
     return all(importlib.util.find_spec(name) for name in (PACKAGE, "einops"))
 
 
-def build(arch: str, *, d_in: int, d_sae: int, k: int, **options: Any) -> Any:
-    """Their trainer of one of our architectures, on the CPU in float32."""
+def build(arch: str, *, d_in: int, d_sae: int, k: int, device: str = "cpu", **options: Any) -> Any:
+    """Their trainer of one of our architectures, in float32."""
     if PACKAGE not in sys.modules:
         spec = importlib.util.find_spec(PACKAGE)
         assert spec is not None
@@ -65,7 +65,7 @@ def build(arch: str, *, d_in: int, d_sae: int, k: int, **options: Any) -> Any:
         options["k"] = k
     elif arch == "jumprelu":
         options["target_l0"] = float(k)
-    return trainer(**sizes, device="cpu", **options)
+    return trainer(**sizes, device=device, **options)
 
 
 @torch.no_grad()

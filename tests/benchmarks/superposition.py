@@ -1,6 +1,6 @@
 """Synthetic activations with a known dictionary: sparse non-negative codes, a common mean, noise.
 
-# N rows, D d_in, F features, S latents
+# N rows, D d_in, F features
 
 x = scale (m + sum_f c_f d_f + noise) with unit directions d_f, more of them than dimensions, and
 E||x||^2 = 1. A feature is on with its own probability, falling like 1 / rank as frequencies of
@@ -56,17 +56,3 @@ class Superposition:
         rows_ND = (codes_NF + 0.5) * on_NF @ self.directions_FD
         noise_ND = torch.randn(n_rows, self.d_in, generator=self.random)
         return self.scale * (rows_ND + self.noise * noise_ND) + self.mean_D
-
-
-def matched_cosine(decoder_SD: Tensor, directions_FD: Tensor) -> float:
-    """Mean cosine of each true direction and its own latent, the pairs chosen to make it largest.
-
-    The Hungarian assignment: no latent counts for two features, as it would in a mean of maxima.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    rows_SD = decoder_SD.detach().float()
-    rows_SD = rows_SD / rows_SD.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    cosine_FS = directions_FD @ rows_SD.T
-    feature, latent = linear_sum_assignment(cosine_FS.numpy(), maximize=True)
-    return float(cosine_FS[feature, latent].mean())
