@@ -36,11 +36,16 @@ def quiet(config: HarvestConfig, **options: Any) -> list[Path]:
 
 
 def content(store: Path) -> dict[str, bytes]:
-    """Every file that must be the same whoever wrote it and however often it was stopped."""
+    """Every file that must be the same whoever wrote it and however often it was stopped.
+
+    Not .commits: a kill right after the store was declared complete leaves it, and nothing reads it.
+    """
     files = {
         str(file.relative_to(store)): file.read_bytes()
         for file in sorted(store.rglob("*"))
-        if file.is_file() and file.name not in (".lock", "manifest.json")
+        if file.is_file()
+        and file.name not in (".lock", "manifest.json")
+        and ".commits" not in file.relative_to(store).parts
     }
     manifest = json.loads((store / "manifest.json").read_text())
     manifest.pop("provenance")
