@@ -59,10 +59,12 @@ needs_packages = pytest.mark.skipif(
 
 
 def run_check(*arguments: str, **environment: str) -> str:
+    """What check.py prints. The folder that it runs in is that of its last file."""
     assert PYTHON is not None
     done = subprocess.run(
         [PYTHON, str(CHECK), *arguments],
         env=os.environ | environment,
+        cwd=Path(arguments[-1]) if Path(arguments[-1]).is_dir() else Path(arguments[-1]).parent,
         capture_output=True,
         text=True,
         timeout=800,
