@@ -16,16 +16,17 @@ What is known. P(parent fires | child fires) = 1 - p: a child stays and its trig
 p = 0 a child's latent may take the parent over. Its direction is then (c + a p) / sqrt(1 + a^2),
 and on the child's rows an L1 SAE of coefficient l pays l (sqrt(1 + a^2) + 1 - a) instead of 2 l,
 least at a = 1: the parent's latent is silent wherever a child fires, gap 1. At p > 0 the share p of
-the child's rows has no parent. There the same latent reconstructs c + a p: it pays a^2, or
-a^2 / (1 + a^2) if its encoder learns to tell the two. a = 1 is no minimum any more once
+the child's rows has no parent. There the same latent, at best, leaves a^2 / (1 + a^2), and a = 1 is
+no minimum any more once
 
-    p / (1 - p) > l (1 - 1 / sqrt(2)) / 2        (or l (2 - sqrt(2)), if it does)
+    p / (1 - p) > l (2 - sqrt(2)),  p = 0.04 for l = 0.06 on rows of mean squared norm 1
 
-which for the coefficient here (l = 0.06 on rows of mean squared norm 1, 0.07 for these features) is
-p = 0.01 (or 0.04). Then a is about l (1 - p) / (2 p) and less, far from 1, and the parent's latent
-fires beside the child's: gap 0. So absorption at p = 0.3 is 0 and at p = 0 it is 1, whatever the
-seed. For a TopK SAE with k = 2, the most features that a row has, both dictionaries are without
-error at p = 0, and which one is found is chance; at p > 0 only the separate one is.
+(l = 0.07 for features of length 1). Beyond, a is about l (1 - p) / (2 p) and less, far from 1, and
+the parent's latent fires beside the child's: gap 0. So at p = 0.3 the gap is 0 and at p = 0 it is
+1, whatever the seed. (An encoder that has not learnt to tell the child's rows with and without
+parent leaves a^2: in short fits absorption ends from p = 0.01 on.) For a TopK SAE with k = 2, the
+most features that a row has, both dictionaries are without error at p = 0, and which one is found
+is chance; at p > 0 only the separate one is.
 
 This is the mechanism that arXiv 2604.06495 proposes, where it is sure to act. How often a language
 model's parent reads tokens other than the child's own, the toy does not say.
