@@ -279,6 +279,14 @@ class Processes(Group):
             with suppress(ProcessLost):
                 self.sum(torch.zeros(1))
 
+    def leave(self) -> None:
+        """End gloo's threads, which must not outlive the interpreter.
+
+        They let go of the tensors of an exchange after it has been answered. In an interpreter that
+        is ending already, a thread that does so aborts the process (pytorch/pytorch#179291).
+        """
+        dist.destroy_process_group(self._groups.pop("cpu"))
+
 
 class Bucket:
     """One memory for all gradients of some parameters, so that they travel together."""
@@ -317,13 +325,15 @@ def join() -> Group:
     seat = find_seat()
     if seat.world_size == 1:
         return ALONE
+    is_ours = not dist.is_initialized()  # or by the script that calls us
     group = Processes(seat)
     _joined.append(group)
+    atexit.register(_part, group, is_ours=is_ours)
     return group
 
 
 def _meet(seat: Seat) -> None:
-    if dist.is_initialized():  # by the script that calls us
+    if dist.is_initialized():
         return
     try:
         store, *_ = next(iter(rendezvous("env://", timeout=_MEET)))
@@ -339,12 +349,14 @@ def _meet(seat: Seat) -> None:
             f"Process {seat.rank} of {seat.world_size} could not meet the others ({error}). "
             "Start all of them at the same time, with torchrun; unset WORLD_SIZE for a single one."
         ) from error
-    atexit.register(_part)
 
 
-def _part() -> None:
-    # After a process was lost there is nobody to say goodbye to.
-    if all(group.is_whole for group in _joined):
+def _part(group: Processes, *, is_ours: bool) -> None:
+    if not dist.is_initialized():  # the script that calls us has ended it
+        return
+    group.leave()
+    # Of the others, NCCL's may wait for a process that was lost.
+    if is_ours and group.is_whole:
         dist.destroy_process_group()
 
 
