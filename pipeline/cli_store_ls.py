@@ -3,14 +3,13 @@
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..storage.catalogue import CATALOG
-from ..storage.listing import STATES, StoreEntry, StoreFilter
+from ..storage.listing import STATES, StoreFilter
 from ..storage.printable import printable
 from .errors import told_to_the_user
 from .store_table import store_table
@@ -59,7 +58,7 @@ def list_stores(
 
     if where is not None and catalog is not None:
         raise InputError("--catalog and PLACE both say where to look. Pass one of them.")
-    place = catalogue_place(catalog if where is None else where) or Path()
+    place = catalogue_place(catalog if where is None else where)
     wanted = StoreFilter(
         models=[name for asked in model or () for name in _names(asked)],
         layers=layer or (),
@@ -69,8 +68,15 @@ def list_stores(
         codecs=codec or (),
     )
     warnings: list[str] = []
-    found = found_in(place, wanted, warn=warnings.append)
-    _show(found, as_json, str(place), is_filtered=wanted != StoreFilter())
+    found = found_in(place or Path(), wanted, warn=warnings.append)
+    such = "such stores" if any(vars(wanted).values()) else "stores"
+    if as_json:
+        typer.echo(json.dumps([entry.as_json() for entry in found], indent=1))
+    elif not found:
+        typer.echo(f"There are no {such} in {printable(str(place or 'this folder'))}.")
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        typer.echo(store_table(found, width))
     for line in warnings[:_SHOWN_WARNINGS]:
         typer.echo(f"Warning: {printable(line)}", err=True)
     if len(warnings) > _SHOWN_WARNINGS:
@@ -89,14 +95,3 @@ def _names(asked: str) -> list[str]:
         return [asked, resolve_model(asked)]
     except InputError:  # of a folder that is elsewhere, or as an importer has called it
         return [asked]
-
-
-def _show(found: Sequence[StoreEntry], as_json: bool, where: str, *, is_filtered: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps([entry.as_json() for entry in found], indent=1))
-    elif not found:
-        such = "no such stores" if is_filtered else "no stores"
-        typer.echo(f"There are {such} in {printable(where)}.")
-    else:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        typer.echo(store_table(found, width))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from .address import Address, Place
-from .errors import InputError, SaePipeError, StoreError
+from .errors import InputError, StoreError
 from .manifest import COMMITS, MANIFEST
 from .remote import Link
 
@@ -24,7 +24,8 @@ Warn = Callable[[str], object]
 
 # Times of change are told apart by this much at least, also on file systems of other machines.
 _SETTLED_S = 2.0
-# In whose folder `c` are the chunks of a store: without end, and without a manifest.
+# Arrays of a store, in whose folder `c` there may be a folder for each shard. Of one whose manifest
+# has not come yet, they are looked for in vain.
 _ARRAYS = {
     "activations", "source", "masked", "mean", "variance", "relative_error",
     "tokens", "document", "length", "origin",
@@ -90,13 +91,10 @@ def folders_of(place: Place, warn: Warn) -> Folders:
 
 def _names(folder: str, below: Iterable[str]) -> tuple[str, ...]:
     """Folders that may hold stores, below the place, by name."""
-    parent = folder.rpartition("/")[2]
-    usable = (
-        name
-        for name in below
-        if not (name.startswith(".") or "/" in name or (name == "c" and parent in _ARRAYS))
-    )
-    return tuple(f"{folder}/{name}" if folder else name for name in sorted(usable) if name)
+    usable = sorted(name for name in below if name and name[0] != "." and "/" not in name)
+    if usable == ["c"] and folder.rpartition("/")[2] in _ARRAYS:
+        return ()
+    return tuple(f"{folder}/{name}" if folder else name for name in usable)
 
 
 class LocalFolders:
@@ -132,14 +130,13 @@ class LocalFolders:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             with open(descriptor, "rb") as file:
                 now = self._found(found.name, os.fstat(descriptor))
-                data = file.read(limit + 1)
+                if now.bytes > limit:
+                    raise _too_large(path, now.bytes, limit)
+                return now, file.read(limit)
         except FileNotFoundError:
             raise
         except OSError as error:
             raise StoreError(f"{path} cannot be read ({error.strerror}).") from error
-        if len(data) > limit:
-            raise _too_large(path, len(data), limit)
-        return now, data
 
     @staticmethod
     def _found(name: str, seen: os.stat_result) -> Found:
@@ -204,6 +201,8 @@ class RemoteFolders:
 
     def read(self, found: Found, limit: int) -> tuple[Found, bytes]:
         name = f"{found.name}/{MANIFEST}" if found.name else MANIFEST
+        if found.bytes > limit:
+            raise _too_large(f"{self.place}/{name}", found.bytes, limit)
         return found, self._link.read_small(name, limit)
 
     def each(self, act: Callable[[A], B], items: Iterable[A]) -> list[B]:
@@ -219,7 +218,7 @@ class RemoteFolders:
         self._link.end()
 
 
-def _too_large(path: Place, size: int, limit: int) -> SaePipeError:
+def _too_large(path: str | Path, size: int, limit: int) -> StoreError:
     return StoreError(
         f"{path} has {size:,} bytes, more than a catalogue reads of a manifest ({limit:,})."
     )

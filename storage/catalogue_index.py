@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from .address import Place, described
-from .errors import DiskError
 from .files import canonical_json, json_digest, write_whole
 from .listing import FACTS, Facts
 from .shard_cache import Cache
@@ -69,7 +68,7 @@ def write_index(
         return
     added = {name: known for name, known in read_index(catalogue).items() if name not in before}
     manifests = {name: asdict(known) for name, known in (added | noted).items()}
-    with suppress(DiskError, UnicodeEncodeError):  # of a name that is not UTF-8
+    with suppress(OSError, UnicodeEncodeError):  # no room; a name that is not UTF-8
         index: dict[str, Any] = {
             "version": INDEX_VERSION,
             "catalogue": described(catalogue),
