@@ -24,10 +24,9 @@ def register(app: typer.Typer) -> None:
 
 @told_to_the_user
 def list_stores(
-    where: Annotated[
+    place: Annotated[
         str | None,
         typer.Argument(
-            metavar="[PLACE]",
             help=f"A folder, or a prefix such as s3://bucket/stores. Default: {CATALOG}, or else "
             "the current folder.",
         ),
@@ -56,9 +55,9 @@ def list_stores(
     from ..storage.catalogue import catalogue_place
     from ..storage.catalogue import list_stores as found_in
 
-    if where is not None and catalog is not None:
+    if place is not None and catalog is not None:
         raise InputError("--catalog and PLACE both say where to look. Pass one of them.")
-    place = catalogue_place(catalog if where is None else where)
+    where = catalogue_place(catalog if place is None else place)
     wanted = StoreFilter(
         models=[name for asked in model or () for name in _names(asked)],
         layers=layer or (),
@@ -68,12 +67,12 @@ def list_stores(
         codecs=codec or (),
     )
     warnings: list[str] = []
-    found = found_in(place or Path(), wanted, warn=warnings.append)
+    found = found_in(where or Path(), wanted, warn=warnings.append)
     such = "such stores" if any(vars(wanted).values()) else "stores"
     if as_json:
         typer.echo(json.dumps([entry.as_json() for entry in found], indent=1))
     elif not found:
-        typer.echo(f"There are no {such} in {printable(str(place or 'this folder'))}.")
+        typer.echo(f"There are no {such} in {printable(str(where or 'this folder'))}.")
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         typer.echo(store_table(found, width))
