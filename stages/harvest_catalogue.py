@@ -111,14 +111,11 @@ def already_holds(entry: StoreEntry) -> str:
 
 
 def _tokens_of(where: Place, fits: Callable[[Recipe], bool]) -> Tokens | None:
-    manifest = read_manifest(where)
+    store = open_store(where) if isinstance(where, Address) else None
+    manifest = read_manifest(where) if store is None else store.manifest
     if not fits(manifest["recipe"]["corpus"]):
         return None
-    if isinstance(where, Address):
-        store = open_store(where)
-        corpus = store.corpus
-    else:
-        store, corpus = None, Corpus(where / "corpus")
+    corpus = Corpus(f"{where}/corpus") if store is None else store.corpus
     recipe = corpus.info["recipe"]
     if corpus.digest != manifest["corpus"]["digest"] or not fits(recipe):
         return None
