@@ -95,7 +95,9 @@ def _harvest(
     planned: Planned,
     found: Found,
 ) -> None:
-    catalogue = Catalogue.search(config.catalog, say)
+    laid_out = {target for target, builder in builders.items() if builder.state != TOKENISING}
+    where = None if laid_out.issuperset(todo) else config.catalog
+    catalogue = Catalogue.search(where, say)
     with ExitStack() as processes:  # workers end before the stores' locks are given up
         job, cluster = _job(config, builders, catalogue, processes, say)
         todo = _not_held(job, todo, builders, catalogue, say, found)

@@ -23,6 +23,7 @@ from sae_pipe.storage.files import file_digest
 from sae_pipe.storage.manifest import HARVESTING, MANIFEST, content_digest
 from sae_pipe.storage.provenance import OWNER
 from sae_pipe.storage.pull import Part, pull
+from sae_pipe.storage.remote import Link
 
 from .harvesting import config_for, content
 from .services import S3
@@ -99,6 +100,8 @@ def test_a_recipe_that_the_catalogue_holds_is_not_harvested_again(
         assert ran(config, **options) == ([lab / "ann/acts.zarr"], [held(lab)])
     # Where and how fast it would be made is not part of it.
     assert ran(replace(config, block_bytes=10**6, batch_contexts=4))[1] == [held(lab)]
+    # Many workers are not started for it.
+    assert ran(replace(config, workers=2))[1] == [held(lab)]
     assert not (tmp_path / "mine").exists()
 
 
@@ -282,11 +285,11 @@ def test_tokens_that_are_damaged_in_the_bucket_are_not_taken(
     s3: S3, lm: Path, text: Path, lab: Path, tmp_path: Path
 ) -> None:
     of_the_hub(lab / "ann/acts.zarr")
-    file = lab / "ann/acts.zarr/corpus/heldout/document/c/0/0"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    name = "corpus/heldout/document/c/0/0"
+    file = lab / "ann/acts.zarr" / name
+    whole = file.read_bytes()
     file.unlink()
-    file.write_bytes(data)
+    file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     place = Address(s3.put(lab, "damaged-tokens"))
     config = hub_config(lm, tmp_path / "acts.zarr", place)
     message = (
@@ -298,6 +301,10 @@ def test_tokens_that_are_damaged_in_the_bucket_are_not_taken(
     with pytest.raises(StoreError, match=message):
         ran(config)
     assert not (tmp_path / "acts.zarr/corpus").exists()
+    # The same command goes on, and takes them where they are whole by now.
+    Link(place).put_bytes(whole, f"ann/acts.zarr/{name}")
+    assert f"tokens    those of {place}/ann/acts.zarr, which has the same text" in ran(config)[1]
+    Corpus(tmp_path / "acts.zarr/corpus").verify()
 
 
 def test_tokens_of_the_catalogue_that_are_damaged_are_passed_over(
