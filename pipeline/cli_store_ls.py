@@ -10,7 +10,7 @@ import typer
 
 from ..storage.catalogue import CATALOG
 from ..storage.listing import STATES, StoreFilter
-from ..storage.printable import printable
+from ..storage.shown import shown
 from .errors import told_to_the_user
 from .store_table import store_table
 
@@ -72,12 +72,12 @@ def list_stores(
     if as_json:
         typer.echo(json.dumps([entry.as_json() for entry in found], indent=1))
     elif not found:
-        typer.echo(f"There are no {such} in {printable(str(where or 'this folder'))}.")
+        typer.echo(f"There are no {such} in {shown(str(where or 'this folder'))}.")
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         typer.echo(store_table(found, width))
     for line in warnings[:_SHOWN_WARNINGS]:
-        typer.echo(f"Warning: {printable(line)}", err=True)
+        typer.echo(f"Warning: {shown(line)}", err=True)
     if len(warnings) > _SHOWN_WARNINGS:
         typer.echo(f"and {len(warnings) - _SHOWN_WARNINGS:,} more warnings.", err=True)
 

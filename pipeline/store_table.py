@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from ..storage.disk import human_bytes
 from ..storage.listing import StoreEntry
-from .tables import printable, table
+from ..storage.shown import shown
+from .tables import table
 
 HEADER = (
     "store", "model", "layer", "hook", "p", "rows", "size", "codec", "state", "owner", "date"
@@ -17,7 +18,7 @@ _GAP = 2
 
 def store_table(entries: Sequence[StoreEntry], width: int | None) -> str:
     """One line a store. width: of the terminal, in characters; None for whatever it takes."""
-    rows = [dict(zip(HEADER, map(printable, _cells(entry)), strict=True)) for entry in entries]
+    rows = [dict(zip(HEADER, map(shown, _cells(entry)), strict=True)) for entry in entries]
     names, left_out = list(HEADER), list[str]()
     if width is not None:
         for name in _LEFT_OUT:

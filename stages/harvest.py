@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..storage import ActivationStore, StoreEntry, open_store, provenance
+from ..storage import ActivationStore, open_store, provenance
 from ..storage.builder import StoreBuilder, is_begun
 from ..storage.corpus import Corpus
 from ..storage.disk import link_tree
@@ -30,7 +30,7 @@ from .block_buffer import FOLDER as BLOCK_FOLDER
 from .cluster import Cluster, join_cluster, local_cluster
 from .corpus import build_corpus, work_folder
 from .devices import pick_device
-from .harvest_catalogue import Catalogue, already_holds
+from .harvest_catalogue import Catalogue, Found
 from .harvest_config import HarvestConfig, Target, check_same, request_of, targets
 from .harvest_job import HarvestJob, resolve
 from .harvest_plan import make_plan
@@ -42,7 +42,6 @@ from .row_map import KeepRule, RowMap
 
 Say = Callable[[str], None]
 Planned = Callable[[Plan], object]
-Found = Callable[[Target, StoreEntry], object]
 Builders = dict[Target, StoreBuilder]
 RowMaps = tuple[RowMap, RowMap]  # training rows, held-out rows
 
@@ -99,21 +98,22 @@ def _harvest(
     where = None if laid_out.issuperset(todo) else config.catalog
     catalogue = Catalogue.search(where, say)
     with ExitStack() as processes:  # workers end before the stores' locks are given up
-        job, cluster = _job(config, builders, catalogue, processes, say)
-        todo = _not_held(job, todo, builders, catalogue, say, found)
-        if todo:
-            crew = _crew(job, todo, cluster, processes, say)
+        job, crew, todo = _job_and_crew(config, todo, builders, catalogue, processes, say, found)
+        if crew is not None:
             _do(job, crew, todo, builders, locks, say, show_progress, dry_run, planned)
 
 
-def _job(
+def _job_and_crew(
     config: HarvestConfig,
+    todo: list[Target],
     builders: Builders,
     catalogue: Catalogue,
     processes: ExitStack,
     say: Say,
-) -> tuple[HarvestJob, Cluster | None]:
-    """What is to be done, checked against what was begun, and the cluster that is asked for it."""
+    found: Found,
+) -> tuple[HarvestJob, Crew | None, list[Target]]:
+    """What is to be done, checked against what was begun, who does it, and what of it is left: what
+    the catalogue does not hold."""
     cluster: Cluster | None = None
     if config.scheduler is not None:  # the device is the workers': none need be here
         cluster = processes.enter_context(join_cluster(config.scheduler, config.device, say))
@@ -122,45 +122,20 @@ def _job(
     job = resolve(config, begun, device, catalogue)
     for target, builder in builders.items():
         check_same(target.path, builder.manifest["recipe"], job.recipe(target))
-    return job, cluster
-
-
-def _not_held(
-    job: HarvestJob,
-    todo: list[Target],
-    builders: Builders,
-    catalogue: Catalogue,
-    say: Say,
-    found: Found,
-) -> list[Target]:
-    """The targets that are begun here, and those whose recipe the catalogue does not hold."""
-    left = []
-    for target in todo:
-        entry = None
-        if target not in builders and not job.config.again:
-            entry = catalogue.store_of(job.recipe(target), say)
-        if entry is None:
-            left.append(target)
-        else:
-            say(already_holds(entry))
-            found(target, entry)
-    return left
-
-
-def _crew(
-    job: HarvestJob,
-    todo: list[Target],
-    cluster: Cluster | None,
-    processes: ExitStack,
-    say: Say,
-) -> Crew:
-    """Who does it."""
-    config, layers = job.config, tuple(sorted({target.layer for target in todo}))
+    if not config.again:
+        todo = [
+            target
+            for target in todo
+            if target in builders or not catalogue.holds(target, job.recipe(target), say, found)
+        ]
+    if not todo:
+        return job, None, todo
+    layers = tuple(sorted({target.layer for target in todo}))
     if config.workers is not None and config.workers > 1:
         cluster = processes.enter_context(local_cluster(config.workers, config.device, say))
     if cluster is None:
-        return OneProcess(job, layers)
-    return ManyWorkers(job, layers, cluster, say)
+        return job, OneProcess(job, layers), todo
+    return job, ManyWorkers(job, layers, cluster, say), todo
 
 
 def _do(

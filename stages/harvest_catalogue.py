@@ -16,8 +16,10 @@ from ..storage.errors import SaePipeError, StoreError
 from ..storage.files import json_digest
 from ..storage.listing import corpus_key
 from ..storage.manifest import COMPLETE, TOKENISING, read_manifest
+from .harvest_config import Target
 
 Say = Callable[[str], object]
+Found = Callable[[Target, StoreEntry], object]
 Recipe = dict[str, Any]
 
 
@@ -70,19 +72,27 @@ class Catalogue:
             say(f"catalogue {where} could not be searched, so the harvest goes on without: {error}")
             return cls()
 
-    def store_of(self, recipe: Recipe, say: Say) -> StoreEntry | None:
-        """A complete store of a recipe. One that is being made is told of, and is none."""
+    def holds(self, target: Target, recipe: Recipe, say: Say, found: Found) -> bool:
+        """Whether there is a complete store of a recipe; `say` and `found` are told of it.
+
+        One that is being made is told of, and does not count.
+        """
         digest = json_digest(recipe)
-        found = [e for e in self.entries if e.recipe == digest and not e.is_sampled]
-        complete = next((entry for entry in found if entry.state == COMPLETE), None)
+        same = [e for e in self.entries if e.recipe == digest and not e.is_sampled]
+        complete = next((entry for entry in same if entry.state == COMPLETE), None)
         if complete is not None:
-            return complete
-        for entry in found:
+            made = f", made {complete.made}" if complete.made else ""
+            say(
+                f"{complete.address} already holds this recipe{made}; fit from it, or pass --again."
+            )
+            found(target, complete)
+            return True
+        for entry in same:
             say(
                 f"catalogue {entry.address} is being made from this recipe, begun {entry.made} "
                 f"({entry.progress}). This harvest goes on beside it."
             )
-        return None
+        return False
 
     def tokens(
         self, config: Recipe, fingerprint: str, fits: Callable[[Recipe], bool]
@@ -102,12 +112,6 @@ class Catalogue:
                 if found is not None:
                     return found
         return None
-
-
-def already_holds(entry: StoreEntry) -> str:
-    """The sentence for a recipe that somebody has harvested."""
-    made = f", made {entry.made}" if entry.made else ""
-    return f"{entry.address} already holds this recipe{made}; fit from it, or pass --again."
 
 
 def _tokens_of(where: Place, fits: Callable[[Recipe], bool]) -> Tokens | None:

@@ -97,16 +97,16 @@ def resolve(
     config: HarvestConfig,
     begun: dict[Path, dict[str, Any]],
     device: torch.device,
-    catalogue: Catalogue,
+    catalogue: Catalogue | None = None,
 ) -> HarvestJob:
     """Look at model, tokenizer and text.
 
     begun: manifests of the stores that this harvest has begun already, by their paths; device:
     that the model will run on, here or where the workers are; catalogue: whose tokens may be taken.
-    Raises InputError or NetworkError
-    for whatever does not work.
+    Raises InputError or NetworkError for whatever does not work.
     """
     recipe = next(iter(begun.values()))["recipe"] if begun else None
+    catalogue = catalogue or Catalogue()
     info = inspect_model(config.model, _pinned_model(config, recipe))
     check_layer(info, config.layers, config.hook)
     context_size = _context_size(config, info)
@@ -218,7 +218,8 @@ def _lent_without_text(
         wanted = asdict(_corpus_config(config, context_size, None))
 
         def fits(recipe: dict[str, Any]) -> bool:
-            return recipe["config"] == wanted and _is_of(config.text, recipe["source"])
+            is_new = "extensions" not in recipe  # else it holds other contexts
+            return recipe["config"] == wanted and is_new and _is_of(config.text, recipe["source"])
     else:
         wanted = begun["corpus"]["config"]
 

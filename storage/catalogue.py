@@ -20,8 +20,8 @@ from .errors import StoreError
 from .evalset import FORMAT as EVALUATION_SET
 from .listing import StoreEntry, StoreFilter, facts_of
 from .manifest import COMPLETE, FORMAT, HARVESTING, MANIFEST, checked_manifest, parse_json
-from .printable import printable
 from .remote import tell
+from .shown import shown
 
 CATALOG = "SAE_PIPE_CATALOG"  # environment variable
 MAX_DEPTH = 6  # folders below the place
@@ -34,7 +34,7 @@ Warn = Callable[[str], object]
 
 
 def _tell(line: str) -> None:
-    tell(printable(line))
+    tell(shown(line))
 
 
 def list_stores(

@@ -14,9 +14,9 @@ from .codecs import CODECS
 from .errors import InputError, StoreError
 from .files import is_sha256, json_digest
 from .layout import VALUE_BYTES, Layout
-from .manifest import COMPLETE, HARVESTING, TOKENISING, Manifest, layout_of
+from .manifest import COMPLETE, EXTENDING, HARVESTING, TOKENISING, Manifest, layout_of
 
-STATES = (TOKENISING, HARVESTING, COMPLETE)
+STATES = (TOKENISING, HARVESTING, EXTENDING, COMPLETE)
 _TEXT_LIMIT = 500
 _COUNT_LIMIT = 1 << 63
 
@@ -152,6 +152,7 @@ def _facts(manifest: Manifest, where: Place) -> Facts:
     if state not in STATES:
         raise ValueError(f"there is no state {str(state)[:50]!r}")
     model, mask = recipe.get("model") or {}, recipe.get("mask") or {}
+    is_made = state in (COMPLETE, EXTENDING)
     started = [run["started"] for run in made["runs"][-1:]]
     tokens = recipe.get("corpus") or {}
     key = None
@@ -171,7 +172,7 @@ def _facts(manifest: Manifest, where: Place) -> Facts:
         "codec": _text(manifest["codec"]) or "",
         "ratio": None,
         "owner": _text(made.get("owner")),
-        "date": _text(made["finished"] if state == COMPLETE else next(iter(started), None)),
+        "date": _text(made["finished"] if is_made else next(iter(started), None)),
         "digest": None,
         "recipe": json_digest(recipe),
         "is_sampled": "sampled" in made,
@@ -189,11 +190,11 @@ def _facts(manifest: Manifest, where: Place) -> Facts:
         "corpus": _digest(manifest["corpus"]["digest"]),
         "n_shards": train.n_shards,
     }
-    return facts | _sizes(manifest, train, heldout) if state == COMPLETE else facts
+    return facts | _sizes(manifest, train, heldout) if is_made else facts
 
 
 def _sizes(manifest: Manifest, train: Layout, heldout: Layout) -> Facts:
-    """What is known of a complete store alone."""
+    """What is known of a store all of whose shards are there."""
     shards = [s for split in ("train", "heldout") for s in manifest[split]["shards"]]
     files = [(array, file) for shard in shards for array, file in shard["files"].items()]
     of_rows = sum(_size(file) for array, file in files if array == "activations")

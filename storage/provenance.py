@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .printable import printable
+from .shown import shown
 
 _PACKAGES = (
     "sae-pipe",
@@ -39,7 +39,7 @@ def owner() -> str | None:
         name = os.environ[OWNER] if OWNER in os.environ else getpass.getuser()
     except (OSError, KeyError):  # the latter up to Python 3.12
         return None
-    return printable(name.strip())[:_OWNER_CHARACTERS] or None
+    return shown(name.strip())[:_OWNER_CHARACTERS] or None
 
 
 def now() -> str:

@@ -370,7 +370,8 @@ def test_filters_are_flags_of_ls_and_models_are_named_as_for_harvest(
     assert shown("--hook", "resid_post", "--codec", "lossless") == ["c.zarr", "a.zarr"]
     with pytest.raises(
         InputError,
-        match=r"^--state is 'sold', and has to be one of tokenising, harvesting, complete\.$",
+        match=r"^--state is 'sold', and has to be one of tokenising, harvesting, extending, "
+        r"complete\.$",
     ):
         StoreFilter(states=["sold"])
     with pytest.raises(
