@@ -11,9 +11,10 @@ from ..stages.dedup import DEDUPS
 from ..stages.harvest_config import DEFAULT_BLOCK_BYTES, HarvestConfig
 from ..stages.taps import DEFAULT_HOOK, HOOKS
 from ..storage.address import Address, place
+from ..storage.catalogue import CATALOG, catalogue_place
 from ..storage.codecs import CODECS
 from ..storage.values import VALUE_TYPES
-from .errors import told_to_the_user
+from .errors import HELD, told_to_the_user
 
 _MODEL, _TEXT, _ROWS, _RUN = "What is hooked", "Text", "Rows and masking", "How it runs"
 
@@ -206,6 +207,22 @@ def harvest(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    catalog: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder, or a prefix such as s3://bucket/stores, in which stores of the same "
+            f"recipe and tokens of the same text are looked for. Default: {CATALOG}; '' for none.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again",
+            help="Harvest all the same where the catalogue holds the recipe.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=_RUN)
     ] = False,
@@ -213,15 +230,17 @@ def harvest(
     """Run a language model over text and write its activations into a shuffled store.
 
     Without --tokens and --dataset it is the paper's recipe: 500 million tokens of Pile-CC. The same
-    command goes on with a store that was interrupted.
+    command goes on with a store that was interrupted. Where a catalogue holds the recipe already,
+    that is said, and nothing is harvested: exit code 3.
     """
     flags = dict(locals())
-    from ..stages.harvest_remote import harvest_anywhere
+    from ..stages.harvest_remote import asked_for, harvest_anywhere
     from .cli_store_transfer import open_bar_of
 
-    harvest_anywhere(
-        harvest_config(flags), say=typer.echo, dry_run=dry_run, open_bar=open_bar_of("push")
-    )
+    config = harvest_config(flags)
+    stores = harvest_anywhere(config, say=typer.echo, dry_run=dry_run, open_bar=open_bar_of("push"))
+    if stores != asked_for(config):  # what comes next in a script would find nothing at --out
+        raise typer.Exit(HELD)
 
 
 def harvest_config(flags: Mapping[str, Any]) -> HarvestConfig:
@@ -239,6 +258,7 @@ def harvest_config(flags: Mapping[str, Any]) -> HarvestConfig:
         name: flags[name] for name in flags.keys() & {field.name for field in fields(HarvestConfig)}
     }
     same["mask_p"] = tuple(same["mask_p"])
+    same["catalog"] = catalogue_place(same["catalog"])
     out = place(same.pop("out"))
     if isinstance(out, Address):
         from ..stages.harvest_remote import spooled

@@ -7,12 +7,14 @@ import typer
 
 from ..storage.address import STORE_HELP, Place, place
 from .cli_store_copies import register as register_copies
+from .cli_store_ls import register as register_ls
 from .cli_store_repair import register as register_repair
 from .cli_store_repair import verify_files
 from .cli_store_transfer import register as register_transfer
 from .errors import told_to_the_user
 
 app = typer.Typer(help="Look at an activation store, check it.", no_args_is_help=True)
+register_ls(app)
 register_copies(app)
 register_repair(app)
 register_transfer(app)

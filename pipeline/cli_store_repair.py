@@ -1,6 +1,5 @@
-"""sae-pipe store ls and repair, and what store verify does with the files of a store."""
+"""sae-pipe store repair, and what store verify does with the files of a store."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,6 @@ from typing import Annotated
 import typer
 
 from ..storage.address import Address, Place, only_local, place
-from ..storage.printable import printable
 from .errors import told_to_the_user
 from .tables import table
 
@@ -16,7 +14,6 @@ from .tables import table
 def register(app: typer.Typer) -> None:
     """Add the commands of this file to `sae-pipe store`."""
     app.command()(repair)
-    app.command("ls")(list_stores)
 
 
 @told_to_the_user
@@ -42,26 +39,6 @@ def repair(
 
     folder = only_local(place(path), "A store is repaired where it stands")
     run(folder, model=model, device=device, say=typer.echo)
-
-
-@told_to_the_user
-def list_stores(
-    folder: Annotated[Path, typer.Argument(help="Where the stores are.")] = Path(),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
-) -> None:
-    """List the stores of a folder, from their manifests alone."""
-    from ..storage.listing import HEADER, as_cells, stores_in
-
-    found = stores_in(folder)
-    if as_json:
-        typer.echo(json.dumps(found, indent=1))
-    elif not found:
-        typer.echo(f"There are no stores in {folder}.")
-    else:
-        typer.echo(table(HEADER, [[printable(c) for c in as_cells(entry)] for entry in found]))
-        damaged = [printable(entry["error"]) for entry in found if "error" in entry]
-        if damaged:
-            typer.echo("\n" + "\n".join(damaged))
 
 
 def verify_files(path: Place) -> str:

@@ -14,7 +14,7 @@ import typer
 P = ParamSpec("P")
 R = TypeVar("R")
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, HELD, INTERRUPTED = 2, 3, 130  # HELD: a catalogue has what was to be harvested
 
 
 def told_to_the_user(command: Callable[P, R]) -> Callable[P, R]:

@@ -16,8 +16,9 @@ def markdown() -> str:
         "",
         "Generated from the commands by `python -m sae_pipe.pipeline.reference`; do not edit.",
         "",
-        "Exit codes: 0 done; 2 something to put right, said in one sentence on stderr; 130",
-        "interrupted, and the same command goes on.",
+        "Exit codes: 0 done; 2 something to put right, said in one sentence on stderr; 3 not",
+        "harvested, because the catalogue holds that store; 130 interrupted, and the same command",
+        "goes on.",
         "",
     ]
     for name, command in commands(root, "sae-pipe"):

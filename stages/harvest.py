@@ -30,6 +30,7 @@ from .block_buffer import FOLDER as BLOCK_FOLDER
 from .cluster import Cluster, join_cluster, local_cluster
 from .corpus import build_corpus, work_folder
 from .devices import pick_device
+from .harvest_catalogue import Catalogue, Found
 from .harvest_config import HarvestConfig, Target, check_same, request_of, targets
 from .harvest_job import HarvestJob, resolve
 from .harvest_plan import make_plan
@@ -52,11 +53,15 @@ def harvest(
     show_progress: bool = True,
     dry_run: bool = False,
     planned: Planned = lambda plan: None,
+    found: Found = lambda target, entry: None,
 ) -> list[Path]:
     """Make the stores that `config` asks for, or go on with them; returns their paths.
 
-    planned: told the plan of the stores that are not laid out yet, before it is checked. Raises InputError, StoreError, DiskError, NetworkError and NonFiniteError, each one sentence for
-    the user. Whatever stops it, the same call goes on where it stopped, to the same bytes.
+    planned: told the plan of the stores that are not laid out yet, before it is checked; found: told
+    of each store that is not begun, because the catalogue holds its recipe: its path is returned,
+    but nothing is there. Raises InputError, StoreError, DiskError, NetworkError and NonFiniteError,
+    each one sentence for the user. Whatever stops it, the same call goes on where it stopped, to the
+    same bytes.
     """
     wanted = targets(config)
     with ExitStack() as locks:
@@ -74,7 +79,7 @@ def harvest(
                 todo.append(target)
         if todo:
             unfinished = {t: builders[t] for t in todo if t in builders}
-            _harvest(config, todo, unfinished, locks, say, show_progress, dry_run, planned)
+            _harvest(config, todo, unfinished, locks, say, show_progress, dry_run, planned, found)
     return [target.path for target in wanted]
 
 
@@ -87,33 +92,50 @@ def _harvest(
     show_progress: bool,
     dry_run: bool,
     planned: Planned,
+    found: Found,
 ) -> None:
+    laid_out = {target for target, builder in builders.items() if builder.state != TOKENISING}
+    where = None if laid_out.issuperset(todo) else config.catalog
+    catalogue = Catalogue.search(where, say)
     with ExitStack() as processes:  # workers end before the stores' locks are given up
-        job, crew = _job_and_crew(config, todo, builders, processes, say)
-        _do(job, crew, todo, builders, locks, say, show_progress, dry_run, planned)
+        job, crew, todo = _job_and_crew(config, todo, builders, catalogue, processes, say, found)
+        if crew is not None:
+            _do(job, crew, todo, builders, locks, say, show_progress, dry_run, planned)
 
 
 def _job_and_crew(
     config: HarvestConfig,
     todo: list[Target],
     builders: Builders,
+    catalogue: Catalogue,
     processes: ExitStack,
     say: Say,
-) -> tuple[HarvestJob, Crew]:
-    """What is to be done, checked against what was begun, and who does it."""
+    found: Found,
+) -> tuple[HarvestJob, Crew | None, list[Target]]:
+    """What is to be done, checked against what was begun, who does it, and what of it is left: what
+    the catalogue does not hold."""
     cluster: Cluster | None = None
     if config.scheduler is not None:  # the device is the workers': none need be here
         cluster = processes.enter_context(join_cluster(config.scheduler, config.device, say))
     device = cluster.device if cluster is not None else pick_device(config.device)
-    job = resolve(config, {target.path: b.manifest for target, b in builders.items()}, device)
+    begun = {target.path: builder.manifest for target, builder in builders.items()}
+    job = resolve(config, begun, device, catalogue)
     for target, builder in builders.items():
         check_same(target.path, builder.manifest["recipe"], job.recipe(target))
+    if not config.again:
+        todo = [
+            target
+            for target in todo
+            if target in builders or not catalogue.holds(target, job.recipe(target), say, found)
+        ]
+    if not todo:
+        return job, None, todo
     layers = tuple(sorted({target.layer for target in todo}))
     if config.workers is not None and config.workers > 1:
         cluster = processes.enter_context(local_cluster(config.workers, config.device, say))
     if cluster is None:
-        return job, OneProcess(job, layers)
-    return job, ManyWorkers(job, layers, cluster, say)
+        return job, OneProcess(job, layers), todo
+    return job, ManyWorkers(job, layers, cluster, say), todo
 
 
 def _do(
@@ -235,7 +257,8 @@ def _begin(
 def _add_corpus(
     job: HarvestJob, builders: Builders, new: list[Target], *, show_progress: bool, say: Say
 ) -> None:
-    """Give every store the token corpus: built once, shared with the stores beside it."""
+    """Give every store the token corpus: built once, shared with the stores beside it and with those
+    of the catalogue."""
     without = [target for target in builders if not (target.path / "corpus").is_dir()]
     for target in builders.keys() - without:
         # A kill right after the corpus was put to its place leaves what it was made from.
@@ -243,7 +266,10 @@ def _add_corpus(
     if not without:
         return
     existing = job.corpus_at
-    if existing is None:
+    if job.lent is not None:
+        say(f"tokens    those of {job.lent.place}, which has the same text")
+        existing = job.lent.bring()
+    elif existing is None:
         assert job.source is not None
         first = without.pop(0)
         try:
@@ -267,6 +293,7 @@ def _add_corpus(
         say(f"tokens    those of {existing.parent}, which has the same text")
     for target in without:
         link_tree(existing, target.path / "corpus")
+        shutil.rmtree(work_folder(target.path / "corpus"), ignore_errors=True)
 
 
 def _about_text(corpus: Corpus) -> str:

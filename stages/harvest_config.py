@@ -34,7 +34,8 @@ class HarvestConfig:
     workers: processes of this machine that make blocks (None or 1: this process does);
     scheduler: address of a Dask cluster whose workers make them instead.
     send_to: where the stores are to stand, in place of `out`, which is then the spool that they are
-    sent from (`harvest_remote.py`).
+    sent from (`harvest_remote.py`). catalog: where stores of the same recipe, and tokens of the same
+    text, are looked for; again: harvest all the same where the recipe is found.
     """
 
     model: str
@@ -64,6 +65,8 @@ class HarvestConfig:
     workers: int | None = None
     scheduler: str | None = None
     send_to: Address | None = None
+    catalog: Place | None = None
+    again: bool = False
 
     def __post_init__(self) -> None:
         get_codec(self.codec, self.store_dtype)
@@ -156,7 +159,7 @@ def request_of(config: HarvestConfig, target: Target) -> Request:
     asked = asdict(config)
     for name in ("out", "layers", "mask_p", "device", "batch_contexts", "note_every_s"):
         del asked[name]
-    del asked["workers"], asked["scheduler"], asked["send_to"]
+    del asked["workers"], asked["scheduler"], asked["send_to"], asked["catalog"], asked["again"]
     text = asked.pop("text")
     text["dataset_revision"] = text.pop("revision")  # the model has a revision too
     asked["codec"] = config.stored_as.spelling

@@ -15,6 +15,7 @@ from ..storage.corpus import CORPUS_JSON, Corpus
 from ..storage.errors import InputError, StoreError
 from .corpus import CorpusConfig, corpus_recipe
 from .devices import pick_dtype
+from .harvest_catalogue import Catalogue, Tokens
 from .harvest_config import (
     DEFAULT_CONTEXT_SIZE,
     DEFAULT_TOKENS,
@@ -38,8 +39,9 @@ _UNPACKED = {".gz": 3.0, ".zst": 3.0, ".parquet": 2.0}
 class HarvestJob:
     """A harvest with everything resolved.
 
-    corpus_at: where the tokens are already, in a begun store or beside it; source: the text, None
-    where it did not have to be opened; corpus_recipe: what the token corpus is made from.
+    corpus_at: where the tokens are already, in a begun store or beside it; lent: tokens of a store
+    of the catalogue, where there are none nearer; source: the text, None where it did not have to
+    be opened; corpus_recipe: what the token corpus is made from.
     """
 
     config: HarvestConfig
@@ -50,6 +52,7 @@ class HarvestJob:
     mask_id: int
     source: TextSource | None
     corpus_at: Path | None
+    lent: Tokens | None
     corpus: CorpusConfig
     corpus_recipe: dict[str, Any]
 
@@ -91,23 +94,30 @@ class HarvestJob:
 
 
 def resolve(
-    config: HarvestConfig, begun: dict[Path, dict[str, Any]], device: torch.device
+    config: HarvestConfig,
+    begun: dict[Path, dict[str, Any]],
+    device: torch.device,
+    catalogue: Catalogue | None = None,
 ) -> HarvestJob:
     """Look at model, tokenizer and text.
 
     begun: manifests of the stores that this harvest has begun already, by their paths; device:
-    that the model will run on, here or where the workers are. Raises InputError or NetworkError
-    for whatever does not work.
+    that the model will run on, here or where the workers are; catalogue: whose tokens may be taken.
+    Raises InputError or NetworkError for whatever does not work.
     """
     recipe = next(iter(begun.values()))["recipe"] if begun else None
+    catalogue = catalogue or Catalogue()
     info = inspect_model(config.model, _pinned_model(config, recipe))
     check_layer(info, config.layers, config.hook)
     context_size = _context_size(config, info)
     tokenizer = TextTokenizer.load(info.source, info.commit)
     mask_id = tokenizer.mask_id(config.mask_string)
-    source = None
+    source, lent = None, None
     corpus_at, made_from = _corpus_without_text(config, context_size, tokenizer, begun)
-    if corpus_at is not None:
+    if corpus_at is None:
+        lent = _lent_without_text(config, context_size, tokenizer, recipe, catalogue)
+        made_from = made_from if lent is None else lent.recipe
+    if corpus_at is not None or lent is not None:
         corpus = CorpusConfig(**made_from["config"])
     else:
         source = open_text(_pinned_text(config.text, recipe))
@@ -115,6 +125,10 @@ def resolve(
         made_from = corpus_recipe(corpus, source, tokenizer)
         same = (each for each in _corpora_beside(config) if each.info["recipe"] == made_from)
         corpus_at = next((each.path for each in same), None)
+        if corpus_at is None:
+            lent = catalogue.tokens(
+                made_from["config"], tokenizer.fingerprint, lambda theirs: theirs == made_from
+            )
     return HarvestJob(
         config=config,
         info=info,
@@ -124,6 +138,7 @@ def resolve(
         mask_id=mask_id,
         source=source,
         corpus_at=corpus_at,
+        lent=lent,
         corpus=corpus,
         corpus_recipe=made_from,
     )
@@ -187,6 +202,31 @@ def _corpus_without_text(
         if is_same:
             return corpus.path, recipe
     return None, {}
+
+
+def _lent_without_text(
+    config: HarvestConfig,
+    context_size: int,
+    tokenizer: TextTokenizer,
+    begun: dict[str, Any] | None,
+    catalogue: Catalogue,
+) -> Tokens | None:
+    """The same of a store of the catalogue. begun: the recipe of a store that was begun."""
+    if looks_local(config.text.dataset):
+        return None
+    if begun is None:
+        wanted = asdict(_corpus_config(config, context_size, None))
+
+        def fits(recipe: dict[str, Any]) -> bool:
+            is_new = "extensions" not in recipe  # else it holds other contexts
+            return recipe["config"] == wanted and is_new and _is_of(config.text, recipe["source"])
+    else:
+        wanted = begun["corpus"]["config"]
+
+        def fits(recipe: dict[str, Any]) -> bool:
+            return bool(recipe == begun["corpus"])
+
+    return catalogue.tokens(wanted, tokenizer.fingerprint, fits)
 
 
 def _is_of(asked: TextConfig, source: dict[str, Any]) -> bool:

@@ -83,8 +83,11 @@ def _rows_of_text(job: HarvestJob) -> int:
 def _sample(job: HarvestJob, contexts: int) -> NDArray[np.uint32]:
     """The first contexts of the text, repeated if the text is shorter: (contexts, context_size)."""
     size = job.corpus.context_size
+    corpus = job.lent.corpus if job.lent is not None else None
     if job.corpus_at is not None:
-        table = Corpus(job.corpus_at).train
+        corpus = Corpus(job.corpus_at)
+    if corpus is not None:
+        table = corpus.train
         tokens = table.tokens(0, min(contexts, table.n_contexts)).reshape(-1)
     else:
         tokens = _first_tokens(job, contexts * size)

@@ -13,7 +13,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..storage.address import Address, Place
+from ..storage import StoreEntry
+from ..storage.address import Address, Place, place
 from ..storage.bar import OpenBar, no_bar
 from ..storage.builder import is_begun
 from ..storage.errors import SaePipeError
@@ -52,24 +53,40 @@ def harvest_anywhere(
 ) -> list[Place]:
     """`harvest`, into folders or to addresses; returns where the stores are.
 
-    open_bar: for what is left to send once a store is complete. Raises as `harvest` and `push` do.
+    open_bar: for what is left to send once a store is complete. A store that the catalogue holds
+    already is where it was found. Raises as `harvest` and `push` do.
     """
+    held: dict[Path, Place] = {}
+
+    def found(target: Target, entry: StoreEntry) -> None:
+        held[target.path] = place(entry.address)
+
     if config.send_to is None:
-        return [*harvest(config, say=say, dry_run=dry_run, planned=planned)]
+        paths = harvest(config, say=say, dry_run=dry_run, planned=planned, found=found)
+        return [held.get(path, path) for path in paths]
     check_can_write(config.send_to)
     job = _Spooled(config, config.send_to)
     if job.is_complete(say):
         return [*job.addresses.values()]
     if dry_run:
-        harvest(config, say=say, dry_run=True, planned=planned)
-        return [*job.addresses.values()]
-    say(f"spool     {config.out.parent}: shards are sent as they are sealed, and go at the end")
-    with job.sending(say):
-        harvest(config, say=say, planned=planned)
-    for path, address in job.addresses.items():
-        push(path, address, say=say, open_bar=open_bar)
-    shutil.rmtree(config.out.parent, ignore_errors=True)
-    return [*job.addresses.values()]
+        harvest(config, say=say, dry_run=True, planned=planned, found=found)
+    else:
+        say(f"spool     {config.out.parent}: shards are sent as they are sealed, and go at the end")
+        with job.sending(say):
+            harvest(config, say=say, planned=planned, found=found)
+        for path, address in job.addresses.items():
+            if path not in held:
+                push(path, address, say=say, open_bar=open_bar)
+        shutil.rmtree(config.out.parent, ignore_errors=True)
+    return [held.get(path, address) for path, address in job.addresses.items()]
+
+
+def asked_for(config: HarvestConfig) -> list[Place]:
+    """Where the stores of a harvest are to stand, in the order of `harvest_anywhere`."""
+    wanted = targets(config)
+    if config.send_to is None:
+        return [target.path for target in wanted]
+    return [config.send_to.with_name(target.path.name) for target in wanted]
 
 
 class _Spooled:

@@ -94,9 +94,10 @@ class Address:
 Place = Path | Address
 
 
-def place(where: str | Path | Address) -> Place:
+def place(where: str | Path | Address, *, may_be_bucket: bool = False) -> Place:
     """What a user calls a store, as a local path or a checked address.
 
+    may_be_bucket: whether s3://bucket will do, with nothing behind it: of stores, not of a store.
     Raises InputError for a scheme that is not known, credentials in a URL, and parts such as `..`.
     """
     if isinstance(where, Path | Address):
@@ -125,7 +126,13 @@ def place(where: str | Path | Address) -> Place:
             f"{SCHEMES[protocol].credentials}."
         )
     parts = PurePosixPath(path).parts
-    if not host or not parts or ".." in parts or "//" in rest or not rest.isprintable():
+    if (
+        not host
+        or not (parts or may_be_bucket)
+        or ".." in parts
+        or "//" in rest
+        or not rest.isprintable()
+    ):
         raise InputError(
             f"{shown(where)} is not the address of a store. Pass one such as "
             f"{protocol}://{'datasets/USER/REPO' if protocol == 'hf' else 'NAME'}/acts.zarr."

@@ -63,7 +63,7 @@ class StoreBuilder:
         token ids), the part that is hashed; origin: for `provenance`, where the rows come from.
         """
         path.mkdir(parents=True, exist_ok=True)
-        encoder = get_codec(codec, store_dtype)
+        encoder, owner = get_codec(codec, store_dtype), provenance.owner()
         manifest: Manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -78,6 +78,7 @@ class StoreBuilder:
             },
             "provenance": {
                 "command": provenance.command_line(),
+                **({} if owner is None else {"owner": owner}),
                 "versions": provenance.versions(),
                 "runs": [],
                 **(origin or {}),

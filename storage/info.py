@@ -219,10 +219,11 @@ def _shuffle(manifest: Manifest) -> list[tuple[str, str]]:
 def _made(manifest: Manifest) -> list[tuple[str, str]]:
     made = manifest["provenance"]
     runs, speed = made["runs"], manifest.get("execution", {}).get("tokens_per_s")
+    by = f" by {made['owner']}" if made.get("owner") else ""
     where = f" on {runs[-1]['hardware']['processor']}, {runs[-1]['device']}" if runs else ""
     count = f", in {len(runs)} runs" if len(runs) > 1 else ""
     pairs = [
-        ("made", f"{made.get('finished', 'not finished')}{where}{count}"),
+        ("made", f"{made.get('finished', 'not finished')}{by}{where}{count}"),
         ("command", str(made["command"])),
         ("versions", ", ".join(f"{name} {v}" for name, v in made["versions"].items())),
     ]

@@ -21,6 +21,8 @@ COMMITS = ".commits"
 MANIFEST_LIMIT_BYTES = 1 << 28  # a store of 10 billion rows needs about 40 MB
 
 TOKENISING, HARVESTING, COMPLETE = "tokenising", "harvesting", "complete"
+# Complete but for the instant in which an extension puts its files to their places.
+EXTENDING = "extending"
 
 Manifest = dict[str, Any]
 

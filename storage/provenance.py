@@ -1,5 +1,6 @@
 """Where and with what something was made: for manifests and run folders, never for hashes."""
 
+import getpass
 import os
 import platform
 import shlex
@@ -8,6 +9,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from .shown import shown
 
 _PACKAGES = (
     "sae-pipe",
@@ -20,6 +23,23 @@ _PACKAGES = (
     "numpy",
     "safetensors",
 )
+
+
+OWNER = "SAE_PIPE_OWNER"  # environment variable
+_OWNER_CHARACTERS = 100
+
+
+def owner() -> str | None:
+    """Who makes a store: as SAE_PIPE_OWNER says, or else the name of the user.
+
+    None where the variable is empty, or the user has no name. No name of a machine: a store may be
+    published, and whoever looks for it asks for a person.
+    """
+    try:
+        name = os.environ[OWNER] if OWNER in os.environ else getpass.getuser()
+    except (OSError, KeyError):  # the latter up to Python 3.12
+        return None
+    return shown(name.strip())[:_OWNER_CHARACTERS] or None
 
 
 def now() -> str:

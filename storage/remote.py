@@ -159,6 +159,21 @@ class Link:
         """Threads that requests are made in, `CONNECTIONS` of them."""
         return ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch")
 
+    def folder(self, name: str) -> dict[str, tuple[int, str] | None]:
+        """What is directly in a folder: size and version of a file, None for a folder.
+
+        Raises as `read` does.
+        """
+        root = self.path(name).rstrip("/")
+        entries = self.try_until_it_works(name, lambda: self._system.ls(root, detail=True))
+        return {
+            entry["name"].rstrip("/").rpartition("/")[2]: None
+            if entry["type"] == "directory"
+            else (int(entry["size"] or 0), _version(entry))
+            for entry in entries
+            if entry["name"].rstrip("/") != root  # what some tools put there for the folder itself
+        }
+
     # --- writing ---
 
     def listing(self) -> dict[str, tuple[int, str]]:

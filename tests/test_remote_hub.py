@@ -1,5 +1,6 @@
 """Stores on the Hugging Face Hub, through its own client, against a Hub on this machine."""
 
+import json
 import os
 import subprocess
 import sys
@@ -74,6 +75,12 @@ def test_a_store_goes_to_the_hub_and_comes_back(
     pulled = run([PROGRAM, "store", "pull", ADDRESS, str(tmp_path / "back.zarr")], hub)
     assert pulled.returncode == 0, pulled.stderr
     assert files_of(tmp_path / "back.zarr") == files_of(small_store.path)
+    listed = run([PROGRAM, "store", "ls", ADDRESS.rpartition("/")[0], "--json"], hub)
+    assert listed.returncode == 0, listed.stderr
+    (entry,) = json.loads(listed.stdout)
+    assert (entry["address"], entry["digest"]) == (ADDRESS, small_store.digest)
+    (index,) = (tmp_path / "cache/catalogues").iterdir()  # by its blob, which changes with it
+    assert json.loads(index.read_text())["manifests"].keys() == {"small.zarr"}
     for file in (tmp_path / "cache").rglob("*"):
         assert not file.is_file() or TOKEN.encode() not in file.read_bytes()
 

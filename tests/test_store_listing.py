@@ -8,11 +8,16 @@ import pytest
 from typer.testing import CliRunner
 
 from sae_pipe.pipeline.cli import app
-from sae_pipe.storage import InputError, open_store
-from sae_pipe.storage.listing import stores_in
+from sae_pipe.storage import InputError, list_stores, open_store
 from sae_pipe.storage.manifest import COMMITS
+from sae_pipe.storage.provenance import owner
 
 from .harvesting import config_for, quiet
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAE_PIPE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +41,27 @@ def folder(lm: Path, text: Path, store: Path, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def shown(*arguments: object) -> str:
+def run(*arguments: object) -> tuple[str, str]:
     result = CliRunner().invoke(app, ["store", *map(str, arguments)])
     assert result.exit_code == 0, result.stderr
-    return result.stdout
+    return result.stdout, result.stderr
+
+
+def shown(*arguments: object) -> str:
+    return run(*arguments)[0]
 
 
 def test_ls_shows_every_store_of_a_folder_with_its_state(folder: Path, lm: Path) -> None:
-    lines = [line.split("  ") for line in shown("ls", folder).splitlines()]
+    out, err = run("ls", folder)
+    lines = [line.split("  ") for line in out.splitlines()]
     cells = [[cell.strip() for cell in line if cell] for line in lines]
-    names = ["store", "state", "model", "layer", "p", "rows", "on disk", "codec", "ratio"]
+    names = ["store", "model", "layer", "hook", "p", "rows", "size", "codec", "state", "owner"]
+    names += ["date"]
     assert cells[0] == names
-    by_name = {row[0]: dict(zip(names, row, strict=True)) for row in cells[2:8]}
-    assert list(by_name) == ["a.zarr", "b.zarr", "c.zarr", "d.zarr", "e.zarr", "f.zarr"]
-    states = ["complete", "complete", "3 of 12 shards", "tokenising", "damaged", "damaged"]
-    assert [row["state"] for row in by_name.values()] == states
+    by_name = {row[0]: dict(zip(names, row, strict=True)) for row in cells[2:]}
+    assert sorted(by_name) == ["a.zarr", "b.zarr", "c.zarr", "d.zarr"]
+    states = ["complete", "complete", "3 of 12 shards", "tokenising"]
+    assert [by_name[name]["state"] for name in sorted(by_name)] == states
     first = by_name["a.zarr"]
     assert (first["model"], first["layer"], first["p"], first["rows"], first["codec"]) == (
         lm.name,
@@ -59,34 +70,37 @@ def test_ls_shows_every_store_of_a_folder_with_its_state(folder: Path, lm: Path)
         "6,000",
         "lossless",
     )
+    assert (first["hook"], first["owner"]) == ("resid_post", owner())
     assert by_name["b.zarr"]["codec"] == "compact:0.25"
-    assert float(by_name["b.zarr"]["ratio"]) > float(first["ratio"])
-    assert [" ".join(line).strip() for line in lines[8:]] == [
-        "",
-        f"{folder}/e.zarr/manifest.json is damaged: it is not JSON (Expecting value: line 1 column "
-        "12 (char 11)). Fetch or harvest the store again.",
-        f"Store {folder}/f.zarr has format version None, and this sae-pipe reads up to 1. Upgrade "
-        "it: pip install --upgrade sae-pipe.",
+    assert err.splitlines() == [
+        f"Warning: {folder}/e.zarr/manifest.json is damaged: it is not JSON (Expecting value: line "
+        "1 column 12 (char 11)). Fetch or harvest the store again.",
+        f"Warning: Store {folder}/f.zarr has format version None, and this sae-pipe reads up to 1. "
+        "Upgrade it: pip install --upgrade sae-pipe.",
     ]
 
 
 def test_ls_as_json_has_the_numbers(folder: Path) -> None:
     found = {entry["store"]: entry for entry in json.loads(shown("ls", folder, "--json"))}
     store = folder / "a.zarr"
-    others = {".lock", "manifest.json"}
-    files = [f for f in store.rglob("*") if f.is_file() and f.name not in others]
-    assert found["a.zarr"]["bytes"] == sum(file.stat().st_size for file in files)
-    assert found["a.zarr"]["heldout_rows"] == open_store(store).heldout.n_rows
-    assert found["c.zarr"]["progress"] == "3 of 12 shards"
-    assert found["e.zarr"]["state"] == "damaged"
-    assert stores_in(store) == [found["a.zarr"]]
+    files = [
+        f for f in store.rglob("*") if f.is_file() and f.name not in (".lock", "manifest.json")
+    ]
+    counted = [f for f in files if "corpus" not in f.parts or f.name == "corpus.json"]
+    assert found["a.zarr"]["bytes"] == sum(file.stat().st_size for file in counted)
+    assert found["a.zarr"]["n_heldout_rows"] == open_store(store).heldout.n_rows
+    assert found["a.zarr"]["ratio"] < found["b.zarr"]["ratio"]
+    assert (found["c.zarr"]["n_sealed"], found["c.zarr"]["n_shards"]) == (3, 12)
+    assert found.keys() == {"a.zarr", "b.zarr", "c.zarr", "d.zarr"}
+    (entry,) = list_stores(store)
+    assert entry.as_json() == found["a.zarr"]
 
 
 def test_ls_of_a_folder_without_stores_says_so(tmp_path: Path) -> None:
     assert shown("ls", tmp_path) == f"There are no stores in {tmp_path}.\n"
     message = f"^There is no folder {tmp_path}/no. Pass one that holds stores.$"
     with pytest.raises(InputError, match=message):
-        stores_in(tmp_path / "no")
+        list_stores(tmp_path / "no")
 
 
 def test_info_shows_how_values_are_stored_and_what_that_has_cost(folder: Path) -> None:
