@@ -128,10 +128,7 @@ class SplitReader:
         try:
             index = self._index(shard)
             for frame in range(self._frames_a_chunk):
-                offset, length = (int(value) for value in index[first + frame])
-                data = os.pread(self._file(shard), length, offset)
-                if len(data) != length:
-                    raise ValueError("it is shorter than its index says")
+                data = self._frame(shard, index[first + frame])
                 self.codec.decode(checked_frame(memoryview(data)), stored)
                 columns = slice(frame * self._columns, (frame + 1) * self._columns)
                 self.codec.serve(stored[: len(out_RD)], out_RD[:, columns])
@@ -139,6 +136,26 @@ class SplitReader:
             raise  # some are OSErrors too: of a file that could not be fetched
         except (ValueError, OSError) as error:
             raise self._damaged(shard, error) from error
+
+    def chunk_frames(self, chunk: int) -> list[bytes]:
+        """The frames of a chunk as they stand in its shard, each with its checksum behind it."""
+        shard, inner = divmod(chunk, self.layout.chunks_per_shard)
+        first = inner * self._frames_a_chunk
+        try:
+            index = self._index(shard)[first : first + self._frames_a_chunk]
+            frames = [self._frame(shard, entry) for entry in index]
+            for frame in frames:
+                checked_frame(memoryview(frame))
+        except (ValueError, OSError) as error:
+            raise self._damaged(shard, error) from error
+        return frames
+
+    def _frame(self, shard: int, entry: NDArray[np.uint64]) -> bytes:
+        offset, length = (int(value) for value in entry)
+        data = os.pread(self._file(shard), length, offset)
+        if len(data) != length:
+            raise ValueError("it is shorter than its index says")
+        return data
 
     def _stored_buffer(self) -> Rows:
         """This thread's memory for one decoded frame."""

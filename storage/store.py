@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .address import Address, Place, place
-from .codecs import codec_of
+from .codecs import Codec, codec_of
 from .corpus import Corpus
 from .errors import InputError, StoreError
 from .layout import Layout
@@ -181,6 +181,16 @@ class ActivationStore:
             rank=rank,
             in_stored_order=self._in_stored_order,
         )
+
+    @property
+    def train_reader(self) -> SplitReader:
+        """The training rows as they are stored, chunk by chunk."""
+        return self._train
+
+    @property
+    def codec(self) -> Codec:
+        """How the rows are stored."""
+        return self._codec
 
     def _reader_of_batches(self) -> SplitReader:
         return self._train
