@@ -7,6 +7,7 @@ threads into reused buffers is what makes the reader as fast as the codec (docs/
 Every chunk's crc32c is checked; a damaged one is an error that names the shard.
 """
 
+import json
 import os
 import threading
 import weakref
@@ -22,6 +23,7 @@ from .codecs import Codec
 from .codecs.blosc import PLAIN
 from .errors import InputError, SaePipeError, StoreError
 from .layout import Layout
+from .manifest import EXTENDING, MANIFEST
 from .shard import checked_frame, index_bytes, parse_index
 from .values import Floats, Rows
 
@@ -234,6 +236,11 @@ class SplitReader:
                 yield shard, self.shard_path(shard, array), entry["sha256"]
 
     def _damaged(self, shard: int, error: Exception, array: str = "activations") -> StoreError:
+        if self._is_replaced(shard):
+            return StoreError(
+                f"Store {self._root} was extended or repaired since it was opened, and shard {shard} is "
+                "another file now. Open it again."
+            )
         path = self.shard_path(shard, array).relative_to(self._root)
         reason = error.strerror if isinstance(error, OSError) else error
         return StoreError(
@@ -241,6 +248,17 @@ class SplitReader:
             f"Run `sae-pipe store repair {self._root}`: it makes damaged files again and touches "
             "nothing else."
         )
+
+    def _is_replaced(self, shard: int) -> bool:
+        """Whether the manifest on disk records other files than the one that this reader has."""
+        split = "train" if self._folder == self._root else self._folder.name
+        try:
+            manifest = json.loads((self._root / MANIFEST).read_bytes())
+            if manifest["state"] == EXTENDING:
+                return True
+            return bool(manifest[split]["shards"][shard] != self._shards[shard])
+        except (OSError, ValueError, KeyError, IndexError, TypeError):
+            return False
 
     def _read_plain(self, array: str, rows: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
         wanted = self._wanted(rows)

@@ -1,0 +1,505 @@
+"""`harvest --extend`: more rows in place, those that are there where they are."""
+
+# R rows, D d_model, C contexts, T positions of a context
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import zarr
+from numpy.typing import NDArray
+
+from sae_pipe.stages import harvest_run
+from sae_pipe.stages.harvest import harvest
+from sae_pipe.stages.masking import MaskConfig, mask_tokens
+from sae_pipe.stages.plan import Rates
+from sae_pipe.stages.repair import repair
+from sae_pipe.storage import ActivationStore, DiskError, InputError, StoreError, open_store
+from sae_pipe.storage.address import Address
+from sae_pipe.storage.corpus import Corpus
+from sae_pipe.storage.counter import permutation, stream_key
+from sae_pipe.storage.manifest import read_manifest
+from sae_pipe.storage.pull import Part, pull
+from sae_pipe.storage.values import round_to_bfloat16
+from sae_pipe.storage.verify import stored_files, verify_store
+
+from .harvesting import CONTEXT, config_for, content, quiet
+
+BEFORE, AFTER = 6000, 9000  # rows; shards have 512, blocks 1024, so that shard 11 is filled up
+
+
+@pytest.fixture(autouse=True)
+def _no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = Rates(tokens_per_s=1e4, bytes_per_value=1.4)
+    monkeypatch.setattr(harvest_run, "measure", lambda *_: rates)
+
+
+@pytest.fixture
+def copy(store: Path, tmp_path: Path) -> Path:
+    """A copy of the store of `config_for`, to be extended."""
+    return Path(shutil.copytree(store, tmp_path / "acts.zarr"))
+
+
+@pytest.fixture(scope="module")
+def grown(lm: Path, text: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That store, extended from 6,000 to 9,000 rows."""
+    out = tmp_path_factory.mktemp("grown") / "acts.zarr"
+    shutil.copytree(store, out)
+    quiet(config_for(lm, text, out, tokens=AFTER, extend=True))
+    return out
+
+
+def masks_of(opened: ActivationStore) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    """What the model was given, and what of it is masked, by the recipe: (C, T) each."""
+    mask, table = opened.recipe["mask"], opened.corpus.train
+    config = MaskConfig(
+        p=mask["p"],
+        mask_id=mask["id"],
+        seed=opened.recipe["seed"],
+        special_ids=tuple(mask["special_ids"]),
+    )
+    tokens_CT = table.tokens(0, table.n_contexts)
+    return mask_tokens(tokens_CT, first_context=0, context_size=CONTEXT, config=config)
+
+
+def expected_sources(opened: ActivationStore, cuts: list[int]) -> NDArray[np.int64]:
+    """Source of every stored row, straight from docs/store-format.md: (R,)."""
+    table, n_rows = opened.corpus.train, opened.n_rows
+    tokens_CT, lengths_C = table.tokens(0, table.n_contexts), table.lengths(0, table.n_contexts)
+    is_row_CT = np.arange(CONTEXT) < lengths_C[:, None]
+    if not opened.recipe["keep_first"]:
+        is_row_CT[:, 0] = False
+        is_row_CT &= tokens_CT != 0
+    if opened.recipe["drop_masked"]:
+        is_row_CT &= ~masks_of(opened)[1]
+    numbered = np.flatnonzero(is_row_CT.reshape(-1))[:n_rows]
+    stored = np.full(n_rows, -1)
+    block_rows = opened.manifest["train"]["layout"]["block_rows"]
+    for block in range(-(-n_rows // block_rows)):
+        begin, end = block * block_rows, min((block + 1) * block_rows, n_rows)
+        bounds = [begin, *[cut for cut in cuts if begin < cut < end], end]
+        for part in range(len(bounds) - 1):
+            first, last = bounds[part], bounds[part + 1]
+            names = ["rows", block] + ([part] if part else [])
+            places = permutation(stream_key(opened.recipe["seed"], *names), last - first)
+            stored[first + places] = numbered[first:last]
+    return stored
+
+
+def sources(opened: ActivationStore) -> NDArray[np.int64]:
+    contexts, positions = opened.source(slice(None))
+    return contexts * CONTEXT + positions
+
+
+def model_rows(lm: Path, opened: ActivationStore, layer: int = 1) -> NDArray[np.float32]:
+    """Rows of the store, in stored order, by the whole, untruncated model: (R, D)."""
+    masked_CT, _ = masks_of(opened)
+    model = transformers.AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        ids = torch.from_numpy(masked_CT.astype(np.int64))
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states[layer + 1]
+    bits = round_to_bfloat16(states.numpy()).astype(np.uint32)
+    rows_CTD = (bits << 16).view(np.float32)
+    return rows_CTD[opened.source(slice(None))]
+
+
+def same_rows(first: ActivationStore, second: ActivationStore, n_rows: int) -> None:
+    """The first rows of two stores are equal, bit for bit, and so is all that is said of them."""
+    rows = slice(0, n_rows)
+    np.testing.assert_array_equal(first.read(rows), second.read(rows))
+    np.testing.assert_array_equal(first.masked(rows), second.masked(rows))
+    np.testing.assert_array_equal(first.source(rows), second.source(rows))
+    n_heldout = first.heldout.n_rows
+    assert n_heldout == second.heldout.n_rows
+    np.testing.assert_array_equal(
+        first.heldout.read(0, n_heldout), second.heldout.read(0, n_heldout)
+    )
+
+
+def damages(path: Path) -> list[Any]:
+    manifest = read_manifest(path)
+    return verify_store(path, manifest, stored_files(path, manifest))
+
+
+def test_rows_that_were_there_stay_and_the_new_ones_are_the_models_on_more_contexts(
+    lm: Path, store: Path, grown: Path
+) -> None:
+    old, opened = open_store(store), open_store(grown)
+    assert (old.n_rows, opened.n_rows) == (BEFORE, AFTER)
+    same_rows(old, opened, BEFORE)
+    np.testing.assert_array_equal(sources(opened), expected_sources(opened, [BEFORE]))
+    assert len(np.unique(sources(opened))) == AFTER
+    # Another batch size sums in another order: one unit of the last bfloat16 place is allowed.
+    rows = opened.read(slice(None))
+    np.testing.assert_allclose(rows, model_rows(lm, opened), rtol=2**-7, atol=1e-6)
+    _, is_masked_CT = masks_of(opened)
+    np.testing.assert_array_equal(
+        opened.masked(slice(None)), is_masked_CT[opened.source(slice(None))]
+    )
+    exact = rows.astype(np.float64)
+    np.testing.assert_allclose(opened.mean, exact.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(opened.variance, exact.var(0), rtol=1e-4)
+    assert opened.mean_squared_norm == pytest.approx((exact**2).sum(1).mean(), rel=1e-6)
+    assert damages(grown) == []
+    assert not (grown / ".extending").exists()
+
+
+def test_a_plain_zarr_reader_sees_the_rows_the_tokens_and_the_statistics(grown: Path) -> None:
+    opened, group = open_store(grown), zarr.open_group(grown, mode="r")
+    for name, array in group.members(max_depth=None):
+        assert array.metadata == zarr.open(grown / name, mode="r").metadata, name
+    np.testing.assert_array_equal(group["activations"][:], opened.read(slice(None)))
+    np.testing.assert_array_equal(group["source"][:], sources(opened))
+    np.testing.assert_array_equal(group["masked"][:], opened.masked(slice(None)))
+    np.testing.assert_array_equal(group["statistics/mean"][:], opened.mean)
+    table = opened.corpus.train
+    np.testing.assert_array_equal(
+        group["corpus/train/tokens"][:], table.tokens(0, table.n_contexts)
+    )
+
+
+def test_the_corpus_gets_contexts_of_later_records_permuted_among_themselves(
+    store: Path, grown: Path
+) -> None:
+    old, new = Corpus(store / "corpus"), Corpus(grown / "corpus")
+    n_old, n_new = old.train.n_contexts, new.train.n_contexts
+    for name in ("tokens", "documents", "lengths", "origins"):
+        of_old, of_new = getattr(old.train, name), getattr(new.train, name)
+        np.testing.assert_array_equal(of_new(0, n_old), of_old(0, n_old))
+        heldout = old.heldout.n_contexts
+        np.testing.assert_array_equal(
+            getattr(new.heldout, name)(0, heldout), getattr(old.heldout, name)(0, heldout)
+        )
+    drawn = permutation(stream_key(0, "contexts", "train", 1), n_new - n_old)
+    np.testing.assert_array_equal(new.train.origins(n_old, n_new), n_old + drawn)
+    before = old.train.documents(0, n_old)
+    added = new.train.documents(n_old, n_new)
+    assert added.min() == before.max() + 1  # no record is lost between them, and none comes twice
+    heldout_records = set(new.heldout.documents(0, new.heldout.n_contexts).ravel().tolist())
+    assert not heldout_records & {*before.ravel().tolist(), *added.ravel().tolist()}
+    assert new.info["recipe"]["extensions"] == [{"contexts": n_old, "train_rows": AFTER}]
+    (counts,) = new.info["extensions"]
+    assert counts["first_record"] == int(before.max()) + 1
+    new.verify()
+
+
+def test_the_manifest_says_how_the_store_came_to_be(store: Path, grown: Path) -> None:
+    old, new = open_store(store).manifest, open_store(grown).manifest
+    assert new["recipe"]["extended_at"] == [BEFORE]
+    assert new["recipe"]["rows"] == new["request"]["tokens"] == AFTER
+    lasting = {"recipe", "corpus", "request", "statistics", "files", "digest", "shuffle"}
+    changed = {name for name in new if new[name] != old.get(name)}
+    assert changed <= lasting | {"train", "provenance"}
+    (extension,) = new["provenance"]["extensions"]
+    assert extension["digest"] == old["digest"]
+    assert extension["rows"] == BEFORE
+    assert len(new["provenance"]["runs"]) == len(old["provenance"]["runs"]) + 1
+    assert new["execution"] == old["execution"]
+    assert new["shuffle"]["failures"] == []
+    assert new["shuffle"]["rows"] == AFTER
+    assert new["train"]["shards"][:11] == old["train"]["shards"][:11]
+    assert new["heldout"] == old["heldout"]
+
+
+def test_extended_twice_a_store_can_still_be_verified_repaired_and_traced(
+    lm: Path, text: Path, copy: Path, grown: Path
+) -> None:
+    config = config_for(lm, text, copy, extend=True)
+    quiet(replace(config, tokens=6050))  # within the same block and shard
+    quiet(replace(config, tokens=AFTER))
+    opened = open_store(copy)
+    same_rows(open_store(grown), opened, BEFORE)
+    assert opened.recipe["extended_at"] == [BEFORE, 6050]
+    np.testing.assert_array_equal(sources(opened), expected_sources(opened, [BEFORE, 6050]))
+    np.testing.assert_allclose(
+        opened.read(slice(None)), model_rows(lm, opened), rtol=2**-7, atol=1e-6
+    )
+    assert damages(copy) == []
+    before = content(copy)
+    for name in ("activations/c/11/0", "source/c/11", "masked/c/11", "activations/c/16/0"):
+        (copy / name).unlink()
+    (copy / "activations/c/5/0").write_bytes(b"damaged")
+    repair(copy, say=lambda line: None, show_progress=False)
+    assert content(copy) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"codec": "none", "store_dtype": "float32"},
+        {"codec": "lossless", "store_dtype": "float16", "tokens": 5120},  # full shards and blocks
+        {"codec": "compact", "shard_rows": 1024, "block_bytes": 4096 * 64},
+        {"codec": "compact:0.5", "tokens": 5632},  # full shards, half a block
+        {"pack": False, "drop_masked": True, "tokens": 4000},
+        {"keep_first": True, "mask_p": (0.0,)},
+    ],
+    ids=lambda changes: "-".join(str(value) for value in changes.values()),
+)
+def test_every_codec_and_kind_of_rows_can_be_extended(
+    lm: Path, text: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = config_for(lm, text, tmp_path / "acts.zarr", **changes)
+    quiet(config)
+    old_path = Path(shutil.copytree(config.out, tmp_path / "old" / "acts.zarr"))
+    quiet(replace(config, tokens=8000, extend=True))
+    old, new = open_store(old_path), open_store(config.out)
+    same_rows(old, new, old.n_rows)
+    assert new.n_rows == 8000
+    np.testing.assert_array_equal(sources(new), expected_sources(new, [old.n_rows]))
+    assert damages(config.out) == []
+    rows, true = new.read(slice(None)), model_rows(lm, new)
+    if config.store_dtype != "bfloat16":
+        np.testing.assert_allclose(rows, true, rtol=2**-7, atol=1e-3)
+    elif not config.stored_as.is_lossy:
+        np.testing.assert_allclose(rows, true, rtol=2**-7, atol=1e-6)
+    else:
+        assert new.manifest["encoding"]["parameters"] == old.manifest["encoding"]["parameters"]
+        step = new.manifest["encoding"]["parameters"]["step"]
+        assert np.abs(rows - true).max() < 0.51 * step + 2**-7 * np.abs(true).max()
+        squares_RD = (rows.astype(np.float64) - true) ** 2
+        spread_D = ((true - true.mean(0, dtype=np.float64)) ** 2).sum(0)
+        found = new.manifest["encoding"]["error"]
+        assert found["relative"] == pytest.approx(squares_RD.sum() / spread_D.sum(), rel=1e-2)
+        np.testing.assert_allclose(new.relative_error, squares_RD.sum(0) / spread_D, rtol=0.05)
+    np.testing.assert_allclose(new.mean, rows.mean(0, dtype=np.float64), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(new.variance, rows.var(0, dtype=np.float64), rtol=1e-4)
+
+
+def test_stores_of_several_layers_and_ratios_share_the_longer_corpus(
+    lm: Path, text: Path, tmp_path: Path
+) -> None:
+    config = config_for(
+        lm, text, tmp_path / "acts.zarr", layers=(0, 1), mask_p=(0.0, 0.3), tokens=3000
+    )
+    paths = quiet(config)
+    twin = Path(shutil.copytree(paths[3], tmp_path / "twin" / "acts.zarr"))
+    untouched = quiet(replace(config, layers=(2,), mask_p=(0.0,), out=tmp_path / "other.zarr"))[0]
+    before = content(untouched)
+    assert (untouched / "corpus/corpus.json").samefile(paths[0] / "corpus/corpus.json")
+    quiet(replace(config, tokens=4500, extend=True))
+    assert content(untouched) == before  # whose corpus was theirs
+    stores = [open_store(path) for path in paths]
+    assert len({each.corpus.digest for each in stores}) == 1
+    assert (paths[0] / "corpus/corpus.json").samefile(paths[3] / "corpus/corpus.json")
+    for each in stores:
+        assert damages(each.path) == []
+        np.testing.assert_array_equal(sources(each), sources(stores[0]))
+    # One by itself takes the tokens of those beside it, and comes to the same bytes.
+    shutil.copytree(twin, tmp_path / "acts-layer1-p0.3-alone.zarr")
+    alone = replace(
+        config, layers=(1,), mask_p=(0.3,), out=tmp_path / "acts-layer1-p0.3-alone.zarr"
+    )
+    said: list[str] = []
+    harvest(replace(alone, tokens=4500, extend=True), say=said.append, show_progress=False)
+    assert any(line.startswith("tokens    those of") for line in said)
+    assert content(alone.out) == content(paths[3])
+
+
+def test_duplicates_of_earlier_records_are_found_and_text_that_is_too_short_changes_nothing(
+    lm: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(5)
+    first = [" ".join(rng.choice(["the", "dog", "word", "sea"], 40).tolist()) for _ in range(60)]
+    later = [" ".join(rng.choice(["lazy", "fox", "stone"], 40).tolist()) for _ in range(30)]
+    text = tmp_path / "text.jsonl"
+    documents = [*first, *first, "", *later]
+    text.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
+    config = config_for(lm, text, tmp_path / "acts.zarr", tokens=2000, heldout_tokens=100)
+    quiet(config)
+    before = content(config.out)
+    message = (
+        f"^Dataset '{text}' has text for ([0-9,]+) training rows, those that are there included, and "
+        rf"90,000 were asked for\. Store {config.out} is as it was\. Pass --tokens (\d+) or less "
+        r"\(the tokens are kept, so that this will be quick\)\.$"
+    )
+    with pytest.raises(InputError, match=message) as raised:
+        quiet(replace(config, tokens=90_000, extend=True))
+    after = content(config.out)
+    assert before == {name: data for name, data in after.items() if ".extending/" not in name}
+    fitting = int(str(raised.value).split("--tokens ")[1].split()[0])
+    quiet(replace(config, tokens=fitting, extend=True))
+    corpus = open_store(config.out).corpus
+    records = np.unique(corpus.train.documents(0, corpus.train.n_contexts))
+    assert not np.isin(records, np.arange(60, 121)).any()
+    assert (records > 120).any()
+    (counts,) = corpus.info["extensions"]
+    assert counts["left_out"] == {"duplicate": 60, "empty": 1}
+    whole = (
+        rf"^Dataset '{text}' holds no text for more than the {fitting:,} training rows that are "
+    )
+    with pytest.raises(InputError, match=whole + r"there\. Store .*acts\.zarr is as it was\.$"):
+        quiet(replace(config, tokens=90_000, extend=True))
+
+
+def test_the_rows_that_the_last_context_has_to_spare_need_no_text(
+    lm: Path, text: Path, copy: Path
+) -> None:
+    digest = Corpus(copy / "corpus").digest
+    spare = Corpus(copy / "corpus").train.n_rows
+    assert spare > BEFORE
+    quiet(config_for(lm, text, copy, tokens=spare, extend=True))
+    opened = open_store(copy)
+    assert opened.corpus.digest == digest
+    np.testing.assert_array_equal(sources(opened), expected_sources(opened, [BEFORE]))
+    assert damages(copy) == []
+
+
+def test_the_same_command_again_has_nothing_to_do(lm: Path, text: Path, grown: Path) -> None:
+    said: list[str] = []
+    for extend in (True, False):
+        config = config_for(lm, text, grown, tokens=AFTER, extend=extend)
+        harvest(config, say=said.append, show_progress=False)
+    assert said == [f"{grown} is complete: 9,000 rows of this recipe. Nothing to do."] * 2
+
+
+def test_a_dry_run_says_what_more_rows_will_take_and_writes_nothing(
+    lm: Path, text: Path, copy: Path
+) -> None:
+    before, said = content(copy), []
+    config = config_for(lm, text, copy, tokens=AFTER, extend=True)
+    harvest(config, say=said.append, show_progress=False, dry_run=True)
+    assert said[0] == (
+        "rows      3,000 training rows behind the 6,000 that are there, of 32 values in 1 store, "
+        "18 shards of 512 rows each"
+    )
+    assert len(said) == 4
+    assert content(copy) == before
+
+
+def test_a_store_that_was_opened_before_goes_on_with_its_rows(
+    lm: Path, text: Path, store: Path, copy: Path
+) -> None:
+    old, whole = open_store(copy), open_store(store)
+    quiet(config_for(lm, text, copy, tokens=AFTER, extend=True))
+    rows = slice(0, 11 * 512)  # of the shards that are the same files
+    np.testing.assert_array_equal(old.read(rows), whole.read(rows))
+    np.testing.assert_array_equal(old.source(slice(None)), whole.source(slice(None)))
+    np.testing.assert_array_equal(old.corpus.train.tokens(0, 5), whole.corpus.train.tokens(0, 5))
+    message = (
+        f"^Store {copy} was extended or repaired since it was opened, and shard 11 is another file "
+        r"now\. Open it again\.$"
+    )
+    with pytest.raises(StoreError, match=message):
+        old.read(slice(5990, 6000))
+
+
+def refused(config: Any, message: str, error: type[Exception] = InputError) -> None:
+    before = content(config.out) if config.out.is_dir() else None
+    with pytest.raises(error, match=f"^{message}$"):
+        quiet(config)
+    assert before is None or content(config.out) == before
+
+
+def test_what_cannot_be_extended_is_refused_in_a_sentence(
+    lm: Path, text: Path, copy: Path, store: Path, tmp_path: Path
+) -> None:
+    config = config_for(lm, text, copy, tokens=AFTER, extend=True)
+    refused(
+        replace(config, out=tmp_path / "none.zarr"),
+        f"There is no store at {tmp_path}/none.zarr that could be extended. Leave out --extend to "
+        "harvest one.",
+    )
+    refused(
+        replace(config, tokens=5000),
+        f"Store {copy} has 6,000 training rows, and --tokens is 5,000: a store is never made smaller. "
+        "Pass a larger number, or fit from a part of it.",
+    )
+    refused(
+        replace(config, extend=False),
+        f"Store {copy} was begun with another recipe: tokens is 6000 there and 9000 here. Pass "
+        "--extend to add the rows that are missing, the same flags to go on with it, or another --out.",
+    )
+    refused(
+        replace(config, mask_p=(0.2,), seed=1),
+        f"Store {copy} was begun with another recipe: mask_p is 0.3 there and 0.2 here; seed is 0 "
+        "there and 1 here. Pass the same flags to go on with it, or another --out.",
+    )
+    refused(
+        replace(config, batch_contexts=4),
+        f"Store {copy} was begun with another recipe: batch_contexts is 8 there and 4 here. Pass the "
+        "same flags to go on with it, or another --out.",
+    )
+    shutil.copytree(store, tmp_path / "part" / "whole.zarr")
+    part = tmp_path / "part" / "acts.zarr"
+    pull(store, part, Part(rows=1000), say=lambda line: None)
+    refused(
+        replace(config, out=part),
+        f"Store {part} is a part of another store, and cannot be extended. Pull more of that one, or "
+        "all of it.",
+    )
+    manifest = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(manifest.replace('"complete"', '"harvesting"'))
+    refused(
+        config,
+        f"Store {copy} is not finished: its state is 'harvesting'. Run the `sae-pipe harvest` command "
+        "that began it once more, and extend it then.",
+    )
+
+
+def test_flags_that_do_not_go_with_it_are_refused(lm: Path, text: Path, tmp_path: Path) -> None:
+    config = config_for(lm, text, tmp_path / "acts.zarr")
+    message = (
+        "^--extend needs --tokens: the number of training rows that the store is to have, with those "
+        r"that it has\.$"
+    )
+    with pytest.raises(InputError, match=message):
+        replace(config, extend=True, tokens=None)
+    message = (
+        "^--extend adds rows to a store in a folder, and --out is s3://bucket/acts.zarr. Pull the "
+        "store with `sae-pipe store pull`, extend it, and push it to another address.$"
+    )
+    with pytest.raises(InputError, match=message):
+        replace(config, extend=True, send_to=Address.parse("s3://bucket/acts.zarr"))
+
+
+def test_an_imported_store_and_other_text_are_refused(
+    lm: Path, copy: Path, tmp_path: Path, make_store: Callable[..., ActivationStore]
+) -> None:
+    rows = np.random.default_rng(0).standard_normal((600, 32)).astype(np.float32)
+    imported = make_store(tmp_path / "imported.zarr", rows, rows[:10])
+    text = tmp_path / "other.jsonl"
+    text.write_text(json.dumps({"text": "the quick brown fox " * 500}) + "\n")
+    refused(
+        config_for(lm, text, imported.path, tokens=700, extend=True),
+        f"Store {imported.path} was not harvested by sae-pipe, or was recoded with loss since, so no "
+        "rows can be added to it. Harvest a store, and extend that.",
+    )
+    asked = json.loads((copy / "manifest.json").read_text())["request"]["dataset"]
+    refused(
+        config_for(lm, text, copy, tokens=AFTER, extend=True),
+        f"Store {copy} was begun with another recipe: dataset is {asked} there and {text} here. Pass "
+        "the same flags to go on with it, or another --out.",
+    )
+
+
+def test_text_that_was_changed_since_is_refused(lm: Path, text: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copy(text, tmp_path / "own.jsonl"))
+    config = config_for(lm, own, tmp_path / "acts.zarr", tokens=2000)
+    quiet(config)
+    with own.open("a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    message = (
+        r"^Store .*acts\.zarr was begun with another recipe: text parts is .* there and .* here\."
+    )
+    with pytest.raises(InputError, match=message):
+        quiet(replace(config, tokens=3000, extend=True))
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
+    lm: Path, text: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_pipe.stages import harvest_plan
+
+    monkeypatch.setattr(harvest_plan, "free_bytes", lambda path: 100_000)
+    message = (
+        "The disk is too small: 1 store of 9,000 rows needs about 165 kB more, and 100 kB are free at "
+        rf"{copy.parent}\. Pass --tokens 7\d\d\d, or --out on a larger disk\."
+    )
+    refused(config_for(lm, text, copy, tokens=AFTER, extend=True), message, DiskError)
