@@ -228,6 +228,8 @@ def _made(manifest: Manifest) -> list[tuple[str, str]]:
     ]
     if speed is not None:
         pairs.append(("speed", f"{speed:,.0f} tokens/s through the model, measured beforehand"))
+    for each in made.get("extensions", []):
+        pairs.append(("extended", f"{each['finished']}, behind {each['rows']:,} training rows"))
     repairs = made.get("repairs", [])
     if repairs:
         n_files = sum(len(entry["files"]) for entry in repairs)

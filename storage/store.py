@@ -1,5 +1,6 @@
 """An activation store on disk, opened for reading."""
 
+import hashlib
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -253,12 +254,19 @@ class ActivationStore:
         try:
             if file.stat().st_size != 8 * self.d_in + CRC_BYTES:
                 raise ValueError("its size is wrong")
-            frame = checked_frame(memoryview(file.read_bytes()))
+            data = file.read_bytes()
+            frame = checked_frame(memoryview(data))
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"{file} is damaged ({error}). Run `sae-pipe store repair {self.path}`: it makes "
                 "damaged files again and touches nothing else."
             ) from error
+        recorded = self.manifest.get("files", {}).get(f"{name}/c/0", {}).get("sha256")
+        if recorded is not None and hashlib.sha256(data).hexdigest() != recorded:
+            raise StoreError(
+                f"{file} is not the one that was there when {self.place} was opened: the store was "
+                "extended or repaired since. Open it again."
+            )
         return np.frombuffer(frame, dtype="<f8").astype(np.float64)
 
     def file(self, name: str) -> Path:
