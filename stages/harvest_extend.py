@@ -27,7 +27,6 @@ from ..storage.extension import (
     switch,
 )
 from ..storage.files import remove_leftovers
-from ..storage.info import sealed_shards
 from ..storage.lock import sole_writer
 from ..storage.manifest import COMPLETE, began_by, read_manifest_of_any_state
 from ..storage.shuffle import verdict
@@ -217,8 +216,7 @@ class _Extend:
             plan.check_disk()
         for target, each in self._growing.items():
             if each.begun is not None:
-                sealed = sealed_shards(each.begun.path, each.begun.manifest)
-                self._say(f"{target.path} goes on being extended: {sealed}")
+                self._say(f"{target.path} goes on being extended: {each.begun.progress()}")
         if dry_run:
             return
         corpus = self._corpora()

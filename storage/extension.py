@@ -33,6 +33,7 @@ from .extending_writer import ExtendingWriter
 from .files import disk_error, fsync_folder
 from .layout import Layout
 from .manifest import (
+    COMMITS,
     COMPLETE,
     EXTENDING,
     HARVESTING,
@@ -96,6 +97,20 @@ class ExtensionBuilder(StoreBuilder):
     def n_kept(self) -> int:
         """Its rows, which stay."""
         return int(self.manifest["extends"]["rows"])
+
+    @property
+    def digest_before(self) -> str:
+        """Of the store that is extended."""
+        if self.state == COMPLETE:
+            return str(self.manifest["provenance"]["extensions"][-1]["digest"])
+        return str(self.manifest["extends"]["digest"])
+
+    def progress(self) -> str:
+        """How far it is, of an extension that is not complete."""
+        layout = self.layouts()[0]
+        n_new = layout.n_shards - self.n_kept // layout.shard_rows
+        sealed = len(list((self.path / COMMITS / "train").glob("[0-9]*.json")))
+        return f"{sealed:,} of {n_new:,} new shards are sealed"
 
     def kept_rows(self) -> SplitReader:
         """The training rows that stay, as they are."""
@@ -223,14 +238,11 @@ def extension_begun(path: Path) -> ExtensionBuilder | None:
     if not (folder / MANIFEST).is_file():
         return None
     builder = ExtensionBuilder.resume(folder)
-    if builder.state == COMPLETE:
-        return builder
-    manifest = read_manifest(path)
-    if builder.manifest["extends"]["digest"] != manifest["digest"]:
+    there, before = read_manifest(path)["digest"], builder.digest_before
+    if there != before:
         raise StoreError(
-            f"Store {path} is another one than when its extension was begun: its digest is "
-            f"{manifest['digest']}, and was {builder.manifest['extends']['digest']}. Remove {folder} "
-            "and extend it again."
+            f"Store {path} is another one than when its extension was begun: its digest is {there}, "
+            f"and was {before}. Remove {folder} and extend it again."
         )
     return builder
 

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from sae_pipe.stages import harvest_plan, harvest_run
+from sae_pipe.stages.harvest import harvest
 from sae_pipe.stages.harvest_config import HarvestConfig
 from sae_pipe.stages.plan import Rates
 from sae_pipe.stages.repair import repair
 from sae_pipe.storage import DiskError, InputError, StoreError, open_store
+from sae_pipe.storage.info import describe
 from sae_pipe.storage.lock import sole_writer
+from sae_pipe.storage.manifest import read_manifest
 
 from .harvesting import config_for, content, quiet
 from .interrupting import run_in_child, run_until
@@ -134,7 +137,14 @@ def test_an_extension_that_was_begun_is_finished_before_another_is(
         quiet(replace(extending, tokens=9500))
     with sole_writer(out, "Store"), pytest.raises(InputError, match="is being written by another"):
         quiet(extending)
-    quiet(extending)
+    sealed = len(list((out / ".extending/.commits/train").iterdir()))
+    assert 1 <= sealed <= 2
+    shards = f"{sealed} of 7 new shards are sealed"
+    state = dict(describe(out, read_manifest(out)))["state"]
+    assert state == f"complete; its extension to 9,000 rows is not finished: {shards}"
+    said: list[str] = []
+    harvest(extending, say=said.append, show_progress=False)
+    assert said[0] == f"{out} goes on being extended: {shards}"
     assert content(out) == extended
 
 
