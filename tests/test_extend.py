@@ -2,6 +2,7 @@
 
 # R rows, D d_model, C contexts, T positions of a context
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -13,6 +14,8 @@ import pytest
 import torch
 import transformers
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sae_pipe.stages import harvest_run
@@ -23,9 +26,11 @@ from sae_pipe.stages.harvest import harvest
 from sae_pipe.stages.masking import MaskConfig, mask_tokens
 from sae_pipe.stages.plan import Rates
 from sae_pipe.stages.repair import repair
+from sae_pipe.stages.row_map import KeepRule, RowMap
 from sae_pipe.storage import ActivationStore, InputError, StoreError, open_store
 from sae_pipe.storage.corpus import Corpus
 from sae_pipe.storage.counter import permutation, stream_key
+from sae_pipe.storage.layout import Layout
 from sae_pipe.storage.manifest import read_manifest
 from sae_pipe.storage.pull import Part, pull
 from sae_pipe.storage.recode import recode
@@ -58,6 +63,14 @@ def grown(lm: Path, text: Path, store: Path, tmp_path_factory: pytest.TempPathFa
     shutil.copytree(store, out)
     quiet(config_for(lm, text, out, tokens=AFTER, extend=True))
     return out
+
+
+@pytest.fixture(scope="module")
+def counted(store: Path) -> RowMap:
+    """The rows of that store's corpus, counted once."""
+    rule = KeepRule(keep_first=False, bos_id=0, drop_masked=False)
+    mask = MaskConfig(p=0.3, mask_id=1, seed=0, special_ids=(0,))
+    return RowMap(open_store(store).corpus.train, rule, mask, shuffle_seed=7)
 
 
 def masks_of(opened: ActivationStore) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
@@ -439,3 +452,38 @@ def test_parts_recodings_and_the_order_of_an_extended_store_are_those_of_any(
     np.testing.assert_array_equal(recoded.read(slice(None)), opened.read(slice(None)))
     assert measure_shuffle(recoded)["failures"] == []
     assert measure_shuffle(part)["failures"] == []
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_rows_made_extension_by_extension_are_those_of_the_whole_store_with_cuts(
+    counted: RowMap, data: st.DataObject
+) -> None:
+    n_rows = data.draw(st.integers(300, 2000), "rows")
+    sizes = {"chunk_rows": 16, "shard_rows": 64, "block_rows": 64 * data.draw(st.integers(1, 8))}
+    cuts = sorted(data.draw(st.sets(st.integers(1, n_rows - 1), max_size=4), "cuts"))
+    bounds = [0, *cuts, n_rows]
+
+    def rows_of(layout: Layout, number: int, first: int) -> list[NDArray[np.int64]]:
+        made = RowMap(
+            counted.table,
+            counted.rule,
+            counted.mask,
+            shuffle_seed=7,
+            counted_by=counted,
+            cuts=tuple(cuts[:number]),
+            first_row=first,
+        )
+        blocks = range(first // layout.block_rows, layout.n_blocks)
+        rows = [made.block(layout, block) for block in blocks]
+        assert all(each.part_ends[-1] == each.n_contexts for each in rows)
+        return [each.stored(each.source_R) for each in rows]
+
+    in_turn = [
+        part
+        for number, (first, last) in enumerate(itertools.pairwise(bounds))
+        for part in rows_of(Layout(n_rows=last, d_in=8, **sizes), number, first)
+    ]
+    at_once = rows_of(Layout(n_rows=n_rows, d_in=8, **sizes), len(cuts), 0)
+    np.testing.assert_array_equal(np.concatenate(in_turn), np.concatenate(at_once))
+    assert len(np.unique(np.concatenate(at_once))) == n_rows

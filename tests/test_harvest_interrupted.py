@@ -68,8 +68,8 @@ MOMENTS = {
         [r"replace .*\.zarr/source/c/2"],
         [r"replace .*\.zarr/masked/c/4"],
         [r"fsync .*\.zarr/activations/c/6/\.0"],
-        [r"replace .*\.zarr/activations/c/7/0"],
-        [r"replace .*/\.commits/train/00000009"],
+        [r"replace .*\.zarr/activations/c/8/0"],
+        [r"replace .*/\.commits/train/00000010"],
     ),
     "writing the manifest": (
         [r"replace .*/statistics/mean/c/0"],
