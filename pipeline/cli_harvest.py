@@ -223,6 +223,15 @@ def harvest(
             rich_help_panel=_RUN,
         ),
     ] = False,
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend",
+            help="Add rows to complete stores, up to --tokens, with all other flags as they were. "
+            "The rows that are there stay where they are.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=_RUN)
     ] = False,

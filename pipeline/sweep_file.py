@@ -123,7 +123,7 @@ def _harvest_keys() -> dict[str, _Key]:
     return {
         name: _Key(kind=kind, many=many, is_listed=False, default=default)
         for name, kind, many, default in _parameters(harvest)
-        if name != "dry_run"
+        if name not in ("dry_run", "extend")
     }
 
 

@@ -94,12 +94,13 @@ def build_corpus(
             if not has_documents(work):
                 shutil.rmtree(work)
             raise
-        _put_in_place(new, folder)
+        put_in_place(new, folder)
         shutil.rmtree(work)
     return Corpus(folder)
 
 
-def _put_in_place(new: Path, folder: Path) -> None:
+def put_in_place(new: Path, folder: Path) -> None:
+    """Make a finished corpus appear, by one rename."""
     try:
         os.replace(new, folder)
         fsync_folder(folder.parent)

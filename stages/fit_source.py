@@ -6,6 +6,7 @@ from typing import Any
 
 from ..storage import ActivationStore, open_store
 from ..storage.address import Address, Place, only_local
+from ..storage.errors import InputError
 from ..storage.manifest import COMPLETE, read_manifest
 from ..storage.unfinished import PrefixStore, follow_store, open_prefix
 from .rundir import RunFolder
@@ -30,7 +31,9 @@ def open_to_fit(path: Place, run: Path, *, follow: bool, say: Say) -> Activation
         store: ActivationStore = open_prefix(path, pin["prefix_rows"], pin["prefix_heldout_rows"])
         begun = " that it was begun with"
     elif read_manifest(path).get("state") == COMPLETE:
-        return open_store(path)
+        store = open_store(path)
+        _check_not_grown(store, run)
+        return store
     else:
         store, begun = open_store(path, unfinished=True), ""
     if isinstance(store, PrefixStore):  # not if it was completed just now
@@ -41,15 +44,29 @@ def open_to_fit(path: Place, run: Path, *, follow: bool, say: Say) -> Activation
     return store
 
 
+def _check_not_grown(store: ActivationStore, run: Path) -> None:
+    """InputError when a run was begun on fewer rows than the store has by now."""
+    begun = _recipe(run).get("store_digest")
+    for each in store.manifest.get("provenance", {}).get("extensions", ()):
+        if each["digest"] == begun:
+            raise InputError(
+                f"Run {run} was begun with the {each['rows']:,} rows that {store.place} had before it "
+                f"was extended to {store.n_rows:,}. Pass another --out to fit from the store as it is."
+            )
+
+
 def _pinned(run: Path) -> dict[str, Any]:
     """The rows that a run was begun with; nothing when there is no run, or it is damaged."""
+    recipe, names = _recipe(run), ("prefix_rows", "prefix_heldout_rows")
+    if not all(type(recipe.get(name)) is int and recipe[name] >= 0 for name in names):
+        return {}
+    return {name: recipe[name] for name in names}
+
+
+def _recipe(run: Path) -> dict[str, Any]:
+    """What is recorded of a run that was begun; nothing when there is none, or it is damaged."""
     if not RunFolder(run).config_file.is_file():
         return {}
     config = load_config(run)
     recipe = config.get("recipe") if is_run_config(config) else None
-    if not isinstance(recipe, dict):
-        return {}
-    names = ("prefix_rows", "prefix_heldout_rows")
-    if not all(type(recipe.get(name)) is int and recipe[name] >= 0 for name in names):
-        return {}
-    return {name: recipe[name] for name in names}
+    return recipe if isinstance(recipe, dict) else {}

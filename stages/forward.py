@@ -9,7 +9,7 @@ with nothing to copy.
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,8 +123,7 @@ def fill_block(
     """
     row = int(block.kept_CT[: buffer.filled].sum())
     advance(row)
-    for start in range(buffer.filled, block.n_contexts, batch_contexts):
-        stop = min(start + batch_contexts, block.n_contexts)
+    for start, stop in _batches(block, buffer.filled, batch_contexts):
         if not block.kept_CT[start:stop].any():
             continue
         length = int(block.lengths_C[start:stop].max())
@@ -142,6 +141,16 @@ def fill_block(
             buffer.note(stop)
     copier.flush()
     assert row == block.n_rows, f"{row} rows computed, {block.n_rows} planned"
+
+
+def _batches(block: BlockRows, filled: int, batch_contexts: int) -> Iterator[tuple[int, int]]:
+    """Contexts of each batch; no batch reaches over the end of a part of the block."""
+    begin = 0
+    for end in block.part_ends:
+        for start in range(begin, end, batch_contexts):
+            if start >= filled:  # what is noted to be in ends with a batch
+                yield start, min(start + batch_contexts, end)
+        begin = end
 
 
 def _uploadable(values: NDArray[np.integer[Any]], device: torch.device) -> Tensor:

@@ -7,43 +7,49 @@ has a pass of its own over the same contexts. The same command goes on with what
 
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..storage import ActivationStore, open_store, provenance
+from ..storage import open_store, provenance
 from ..storage.builder import StoreBuilder, is_begun
 from ..storage.corpus import Corpus
 from ..storage.disk import link_tree
 from ..storage.errors import InputError
-from ..storage.files import is_leftover, json_digest, remove_leftovers
+from ..storage.files import is_leftover, remove_leftovers
 from ..storage.info import sealed_shards
 from ..storage.layout import choose_layout
 from ..storage.lock import sole_writer
 from ..storage.manifest import COMPLETE, MANIFEST, TOKENISING
-from ..storage.shuffle import HARVEST_ROWS, Shuffle, measure_shuffle, verdict
+from ..storage.shuffle import verdict
 from ..storage.values import Floats
-from ..storage.writer import SplitWriter
-from .block_buffer import FOLDER as BLOCK_FOLDER
-from .cluster import Cluster, join_cluster, local_cluster
 from .corpus import build_corpus, work_folder
-from .devices import pick_device
 from .harvest_catalogue import Catalogue, Found
-from .harvest_config import HarvestConfig, Target, check_same, request_of, targets
-from .harvest_job import HarvestJob, resolve
+from .harvest_config import (
+    HarvestConfig,
+    Target,
+    check_request,
+    check_same,
+    request_of,
+    targets,
+)
+from .harvest_extend import extend
+from .harvest_job import HarvestJob
+from .harvest_passes import (
+    Builders,
+    RowMaps,
+    check_batch_contexts,
+    crew_of,
+    job_of,
+    row_maps,
+    run_and_finish,
+)
 from .harvest_plan import make_plan
-from .harvest_run import Crew, OneProcess, Pass, encode_threads
-from .harvest_workers import ManyWorkers
+from .harvest_run import Crew
 from .plan import Plan
-from .progress import progress
-from .row_map import KeepRule, RowMap
 
 Say = Callable[[str], None]
 Planned = Callable[[Plan], object]
-Builders = dict[Target, StoreBuilder]
-RowMaps = tuple[RowMap, RowMap]  # training rows, held-out rows
 
 
 def harvest(
@@ -64,6 +70,9 @@ def harvest(
     same bytes.
     """
     wanted = targets(config)
+    if config.extend:
+        extend(config, wanted, say, planned, show_progress=show_progress, dry_run=dry_run)
+        return [target.path for target in wanted]
     with ExitStack() as locks:
         builders = _begun(config, wanted, locks)
         todo = []
@@ -98,44 +107,19 @@ def _harvest(
     where = None if laid_out.issuperset(todo) else config.catalog
     catalogue = Catalogue.search(where, say)
     with ExitStack() as processes:  # workers end before the stores' locks are given up
-        job, crew, todo = _job_and_crew(config, todo, builders, catalogue, processes, say, found)
-        if crew is not None:
+        begun = {target.path: builder.manifest for target, builder in builders.items()}
+        job, cluster = job_of(config, begun, catalogue, processes, say)
+        for target, builder in builders.items():
+            check_same(target.path, builder.manifest["recipe"], job.recipe(target))
+        if not config.again:
+            todo = [
+                target
+                for target in todo
+                if target in builders or not catalogue.holds(target, job.recipe(target), say, found)
+            ]
+        if todo:
+            crew = crew_of(job, todo, cluster, processes, say)
             _do(job, crew, todo, builders, locks, say, show_progress, dry_run, planned)
-
-
-def _job_and_crew(
-    config: HarvestConfig,
-    todo: list[Target],
-    builders: Builders,
-    catalogue: Catalogue,
-    processes: ExitStack,
-    say: Say,
-    found: Found,
-) -> tuple[HarvestJob, Crew | None, list[Target]]:
-    """What is to be done, checked against what was begun, who does it, and what of it is left: what
-    the catalogue does not hold."""
-    cluster: Cluster | None = None
-    if config.scheduler is not None:  # the device is the workers': none need be here
-        cluster = processes.enter_context(join_cluster(config.scheduler, config.device, say))
-    device = cluster.device if cluster is not None else pick_device(config.device)
-    begun = {target.path: builder.manifest for target, builder in builders.items()}
-    job = resolve(config, begun, device, catalogue)
-    for target, builder in builders.items():
-        check_same(target.path, builder.manifest["recipe"], job.recipe(target))
-    if not config.again:
-        todo = [
-            target
-            for target in todo
-            if target in builders or not catalogue.holds(target, job.recipe(target), say, found)
-        ]
-    if not todo:
-        return job, None, todo
-    layers = tuple(sorted({target.layer for target in todo}))
-    if config.workers is not None and config.workers > 1:
-        cluster = processes.enter_context(local_cluster(config.workers, config.device, say))
-    if cluster is None:
-        return job, OneProcess(job, layers), todo
-    return job, ManyWorkers(job, layers, cluster, say), todo
 
 
 def _do(
@@ -159,16 +143,17 @@ def _do(
         plan.check_disk()
     for target, builder in builders.items():
         say(f"{target.path} goes on: {sealed_shards(target.path, builder.manifest)}")
-        _check_batch_contexts(job, target, builder)
+        check_batch_contexts(job, target.path, builder.manifest)
     if dry_run:
         return
     _begin(job, crew, todo, builders, locks)
     _add_corpus(job, builders, new, show_progress=show_progress, say=say)
-    maps = _row_maps(job, builders)
+    corpus = Corpus(next(iter(builders)).path / "corpus")
+    maps = row_maps(job, corpus, dict.fromkeys(builders, ()))
     samples = _calibration(job, crew, new, maps, execution)
     for target in new:
         _lay_out(job, builders[target], maps[target], execution, samples.get(target))
-    _run(crew, builders, maps, show_progress=show_progress)
+    run_and_finish(crew, builders, maps, show_progress=show_progress)
     for target, builder in builders.items():
         train, heldout = builder.layouts()
         asked = job.corpus.heldout_rows
@@ -178,14 +163,6 @@ def _do(
             f"{target.path} is complete: {train.n_rows:,} training and {heldout.n_rows:,} held-out "
             f"rows{fewer if heldout.n_rows < asked else ''}."
         )
-
-
-def _check_batch_contexts(job: HarvestJob, target: Target, builder: StoreBuilder) -> None:
-    """Another batch size may sum in another order, so a begun store keeps its own."""
-    asked = job.config.batch_contexts
-    begun = builder.manifest.get("execution", {}).get("batch_contexts", asked)
-    if asked is not None and asked != begun:
-        check_same(target.path, {"batch_contexts": begun}, {"batch_contexts": asked})
 
 
 # --- stores: begun, given their tokens, laid out ---
@@ -208,7 +185,7 @@ def _begun(config: HarvestConfig, wanted: list[Target], locks: ExitStack) -> Bui
                 f"Store {target.path} was not made by a harvest, so it cannot be gone on with. "
                 "Pass another --out."
             )
-        check_same(target.path, builder.manifest["request"], request_of(config, target))
+        check_request(target.path, builder.manifest, request_of(config, target))
         builders[target] = builder
     return builders
 
@@ -230,12 +207,7 @@ def _begin(
     job: HarvestJob, crew: Crew, todo: list[Target], builders: Builders, locks: ExitStack
 ) -> None:
     """Write the manifests of new stores, and note this run in all of them."""
-    this_run = {
-        "started": provenance.now(),
-        "hardware": provenance.hardware(),
-        **crew.about(),
-        "versions": provenance.versions(),
-    }
+    this_run = provenance.this_run(crew.about())
     for target in todo:
         if target not in builders:
             locks.enter_context(sole_writer(target.path, "Store"))
@@ -311,30 +283,6 @@ def _about_text(corpus: Corpus) -> str:
     )
 
 
-def _row_maps(job: HarvestJob, builders: Builders) -> dict[Target, RowMaps]:
-    """Training and held-out rows of every store."""
-    rule = KeepRule(
-        keep_first=job.config.keep_first,
-        bos_id=job.tokenizer.bos_id,
-        drop_masked=job.config.drop_masked,
-    )
-    unmasked, seed = replace(rule, drop_masked=False), job.config.seed
-    # One recipe, one content: any of the corpora stands for all, and is counted once.
-    corpus = Corpus(next(iter(builders)).path / "corpus")
-    heldout = RowMap(corpus.heldout, unmasked, job.mask(0.0), shuffle_seed=None)
-    maps: dict[Target, RowMaps] = {}
-    by_ratio: dict[float, RowMap] = {}
-    for target in builders:
-        p = target.mask_p
-        if p not in by_ratio:
-            other = next(iter(by_ratio.values()), None)
-            by_ratio[p] = RowMap(
-                corpus.train, rule, job.mask(p), shuffle_seed=seed, counted_by=other
-            )
-        maps[target] = by_ratio[p], heldout
-    return maps
-
-
 def _lay_out(
     job: HarvestJob,
     builder: StoreBuilder,
@@ -383,73 +331,3 @@ def _calibration(
         )
         samples |= {target: by_layer[target.layer] for target in members}
     return samples
-
-
-# --- the run ---
-
-
-def _run(
-    crew: Crew, builders: Builders, maps: dict[Target, RowMaps], *, show_progress: bool
-) -> None:
-    with ThreadPoolExecutor(encode_threads(), thread_name_prefix="encode") as pool:
-        writers = {target: builder.writers(pool) for target, builder in builders.items()}
-        passes = _passes(builders, maps, writers)
-        total = sum(job_pass.layout.n_rows for job_pass in passes)
-        execution = next(iter(builders.values())).manifest["execution"]
-        with progress(total, "harvest", "rows", show=show_progress) as bar:
-            bar.initial = bar.n = sum(job_pass.rows_done() for job_pass in passes)
-            bar.refresh()
-            crew.run(passes, execution["tokens_per_s"], bar)
-        measure = _ShuffleMeasure()
-        for target, builder in builders.items():
-            builder.finish(*writers[target], measure)
-            shutil.rmtree(target.path / BLOCK_FOLDER, ignore_errors=True)
-
-
-class _ShuffleMeasure:
-    """`measure_shuffle` of finished stores; those of several layers have the same rows."""
-
-    def __init__(self) -> None:
-        self._measured: dict[str, Shuffle] = {}
-
-    def __call__(self, store: ActivationStore) -> Shuffle:
-        entry = store.manifest["train"]
-        files = [shard["files"]["source"]["sha256"] for shard in entry["shards"]]
-        same = json_digest([store.manifest["corpus"], entry["layout"], files])
-        if same not in self._measured:
-            self._measured[same] = measure_shuffle(store, max_rows=HARVEST_ROWS)
-        return self._measured[same]
-
-
-def _passes(
-    builders: Builders,
-    maps: dict[Target, RowMaps],
-    writers: dict[Target, tuple[SplitWriter, SplitWriter]],
-) -> list[Pass]:
-    """Held-out rows once for all mask ratios, then one pass for each ratio; stores of another
-    layout (begun by another command) have passes of their own."""
-    heldout: dict[Any, Pass] = {}
-    training: dict[Any, Pass] = {}
-    for target, builder in builders.items():
-        labels = f"train-p{target.mask_p}", "heldout"
-        contexts = int(builder.manifest["execution"]["batch_contexts"])
-        for group, label, rows, layout, writer in zip(
-            (training, heldout),
-            labels,
-            maps[target],
-            builder.layouts(),
-            writers[target],
-            strict=True,
-        ):
-            key = (label, layout, contexts)
-            if key not in group:
-                group[key] = Pass(
-                    label=label,
-                    rows=rows,
-                    layout=layout,
-                    batch_contexts=contexts,
-                    values=writer.codec.values,
-                    writers={},
-                )
-            group[key].writers.setdefault(target.layer, []).append(writer)
-    return [*heldout.values(), *training.values()]

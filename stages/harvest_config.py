@@ -8,6 +8,7 @@ from ..storage.address import Address, Place
 from ..storage.codecs import Codec, get_codec
 from ..storage.errors import InputError
 from ..storage.layout import Layout, choose_layout
+from ..storage.manifest import COMPLETE, Manifest
 from .masking import DEFAULT_MASK_STRING
 from .sources import TextConfig
 from .taps import DEFAULT_HOOK
@@ -33,6 +34,7 @@ class HarvestConfig:
     note_every_s: a block that takes longer than this to fill is kept on disk and noted this often.
     workers: processes of this machine that make blocks (None or 1: this process does);
     scheduler: address of a Dask cluster whose workers make them instead.
+    extend: add rows to complete stores, up to `tokens`, in place of making new ones.
     send_to: where the stores are to stand, in place of `out`, which is then the spool that they are
     sent from (`harvest_remote.py`). catalog: where stores of the same recipe, and tokens of the same
     text, are looked for; again: harvest all the same where the recipe is found.
@@ -64,6 +66,7 @@ class HarvestConfig:
     note_every_s: float = 60.0
     workers: int | None = None
     scheduler: str | None = None
+    extend: bool = False
     send_to: Address | None = None
     catalog: Place | None = None
     again: bool = False
@@ -95,6 +98,16 @@ class HarvestConfig:
             raise InputError(
                 "--workers starts processes on this machine, and --scheduler takes those of a "
                 "cluster that runs already. Pass one of them."
+            )
+        if self.extend and self.tokens is None:
+            raise InputError(
+                "--extend needs --tokens: the number of training rows that the store is to have, with "
+                "those that it has."
+            )
+        if self.extend and self.send_to is not None:
+            raise InputError(
+                f"--extend adds rows to a store in a folder, and --out is {self.send_to}. Pull the "
+                "store with `sae-pipe store pull`, extend it, and push it to another address."
             )
         if self.context_size is not None and self.context_size < 2:
             raise InputError(
@@ -159,7 +172,8 @@ def request_of(config: HarvestConfig, target: Target) -> Request:
     asked = asdict(config)
     for name in ("out", "layers", "mask_p", "device", "batch_contexts", "note_every_s"):
         del asked[name]
-    del asked["workers"], asked["scheduler"], asked["send_to"], asked["catalog"], asked["again"]
+    for name in ("workers", "scheduler", "send_to", "catalog", "again", "extend"):
+        del asked[name]
     text = asked.pop("text")
     text["dataset_revision"] = text.pop("revision")  # the model has a revision too
     asked["codec"] = config.stored_as.spelling
@@ -187,6 +201,24 @@ def check_same(
             f"{what} {path} was begun with another recipe: {'; '.join(differences)}. "
             "Pass the same flags to go on with it, or another --out."
         )
+
+
+def check_request(path: Path, manifest: Manifest, asked: Request) -> None:
+    """`check_same` of what was asked for; says how a store that is only too small can grow."""
+    begun, tokens = manifest["request"], asked["tokens"]
+    is_only_larger = (
+        manifest["state"] == COMPLETE
+        and [name for name, _, _ in _differences(begun, asked)] == ["tokens"]
+        and tokens is not None
+        and tokens > manifest["train"]["layout"]["n_rows"]
+    )
+    if is_only_larger:
+        raise InputError(
+            f"Store {path} was begun with another recipe: tokens is {begun['tokens']} there and "
+            f"{tokens} here. Pass --extend to add the rows that are missing, the same flags to go on "
+            "with it, or another --out."
+        )
+    check_same(path, begun, asked)
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:

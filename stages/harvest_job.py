@@ -22,6 +22,7 @@ from .harvest_config import (
     MAX_HELDOUT_TOKENS,
     HarvestConfig,
     Target,
+    check_same,
 )
 from .masking import MaskConfig
 from .models import ModelInfo, check_layer, inspect_model
@@ -123,8 +124,7 @@ def resolve(
         source = open_text(_pinned_text(config.text, recipe))
         corpus = _corpus_config(config, context_size, estimated_tokens(source))
         made_from = corpus_recipe(corpus, source, tokenizer)
-        same = (each for each in _corpora_beside(config) if each.info["recipe"] == made_from)
-        corpus_at = next((each.path for each in same), None)
+        corpus_at = corpus_beside(config, made_from)
         if corpus_at is None:
             lent = catalogue.tokens(
                 made_from["config"], tokenizer.fingerprint, lambda theirs: theirs == made_from
@@ -142,6 +142,20 @@ def resolve(
         corpus=corpus,
         corpus_recipe=made_from,
     )
+
+
+def reopen_text(config: HarvestConfig, path: Path, recipe: dict[str, Any]) -> TextSource:
+    """The text that a store's corpus was made of; InputError when it is another one now."""
+    source = open_text(_pinned_text(config.text, recipe))
+    check_same(path, {"text": recipe["corpus"]["source"]}, {"text": source.identity})
+    return source
+
+
+def corpus_rows(config: HarvestConfig, context_size: int, tokens: int) -> int:
+    """Training rows that the corpus needs for stores of so many."""
+    wanted = _corpus_config(replace(config, tokens=tokens), context_size, None).train_rows
+    assert wanted is not None
+    return wanted
 
 
 def _pinned_model(config: HarvestConfig, recipe: dict[str, Any] | None) -> str | None:
@@ -166,6 +180,12 @@ def _context_size(config: HarvestConfig, info: ModelInfo) -> int:
             f"{info.source} can take. Pass {limit} or less."
         )
     return config.context_size
+
+
+def corpus_beside(config: HarvestConfig, recipe: dict[str, Any]) -> Path | None:
+    """The corpus of this recipe in a store of the folder of --out, if there is one."""
+    same = (each for each in _corpora_beside(config) if each.info["recipe"] == recipe)
+    return next((each.path for each in same), None)
 
 
 def _corpora_beside(config: HarvestConfig) -> Iterator[Corpus]:
@@ -196,6 +216,7 @@ def _corpus_without_text(
         recipe = corpus.info["recipe"]
         is_same = (
             recipe["config"] == wanted
+            and "extensions" not in recipe  # it holds other contexts than one that is new
             and recipe["tokenizer"]["fingerprint"] == tokenizer.fingerprint
             and _is_of(config.text, recipe["source"])
         )

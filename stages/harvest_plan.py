@@ -1,6 +1,7 @@
 """The plan of a harvest: a short measured warm-up on its own text, and what follows from it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from ..storage.corpus import Corpus
 from ..storage.disk import free_bytes, human_bytes
 from ..storage.errors import InputError
+from ..storage.layout import Layout
 from .harvest_config import Target
 from .harvest_job import HarvestJob, estimated_tokens
 from .harvest_run import Crew, Host
@@ -23,23 +25,49 @@ def make_plan(job: HarvestJob, crew: Crew, new: list[Target]) -> tuple[Plan, dic
     batch_contexts = job.config.batch_contexts
     if batch_contexts is None:
         batch_contexts = crew.batch_contexts(job.corpus.context_size)
-    sample = _sample(job, min(batch_contexts, _SAMPLE_CONTEXTS))
-    rates = crew.rates(sample)
-    hosts = crew.hosts()
-    n_workers = sum(host.workers for host in hosts)
-    layers = {target.layer for target in new}
     rows = job.config.tokens or job.corpus.train_rows or _rows_of_text(job)
     layout = job.config.layout(rows, job.info.d_model)
+    plan = _plan(job, crew, new, batch_contexts, layout, job.corpus.heldout_rows)
+    execution = {
+        "device": str(job.device),
+        "batch_contexts": batch_contexts,
+        "tokens_per_s": plan.rates.tokens_per_s,
+    }
+    return plan, execution
+
+
+def make_extension_plan(
+    job: HarvestJob, crew: Crew, todo: list[Target], batch_contexts: int, there: Layout
+) -> Plan:
+    """What more rows will take. there: the smallest of the layouts that the stores have."""
+    assert job.config.tokens is not None
+    layout = replace(there, n_rows=job.config.tokens)
+    return _plan(job, crew, todo, batch_contexts, layout, 0, rows_before=there.n_rows)
+
+
+def _plan(
+    job: HarvestJob,
+    crew: Crew,
+    todo: list[Target],
+    batch_contexts: int,
+    layout: Layout,
+    heldout_rows: int,
+    rows_before: int = 0,
+) -> Plan:
+    rates = crew.rates(_sample(job, min(batch_contexts, _SAMPLE_CONTEXTS)))
+    hosts = crew.hosts()
+    n_workers = sum(host.workers for host in hosts)
+    layers = {target.layer for target in todo}
     value_bytes = job.config.stored_as.values.bytes
     block_bytes = layout.block_rows * layout.d_in * value_bytes * len(layers)
     block_seconds = layout.block_rows / rates.tokens_per_s
     on_disk = crew.keeps_notes and block_seconds > job.config.note_every_s
     _check_memory(2 * block_bytes, len(layers), hosts)
-    plan = Plan(
-        n_stores=len(new),
-        n_passes=len({target.mask_p for target in new}),
-        rows=rows,
-        heldout_rows=job.corpus.heldout_rows,
+    return Plan(
+        n_stores=len(todo),
+        n_passes=len({target.mask_p for target in todo}),
+        rows=layout.n_rows - rows_before,
+        heldout_rows=heldout_rows,
         d_in=job.info.d_model,
         context_size=job.corpus.context_size,
         layout=layout,
@@ -47,15 +75,10 @@ def make_plan(job: HarvestJob, crew: Crew, new: list[Target]) -> tuple[Plan, dic
         n_workers=n_workers,
         memory_bytes=2 * block_bytes * n_workers,
         work_bytes=2 * block_bytes if on_disk else 0,
-        free_bytes=free_bytes(new[0].path.absolute()),
-        folder=new[0].path.absolute().parent,
+        free_bytes=free_bytes(todo[0].path.absolute()),
+        folder=todo[0].path.absolute().parent,
+        rows_before=rows_before,
     )
-    execution = {
-        "device": str(job.device),
-        "batch_contexts": batch_contexts,
-        "tokens_per_s": rates.tokens_per_s,
-    }
-    return plan, execution
 
 
 def _check_memory(of_worker: int, n_layers: int, hosts: Sequence[Host]) -> None:

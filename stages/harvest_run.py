@@ -57,8 +57,18 @@ class Pass:
 
     def rows_done(self) -> int:
         """Rows of the blocks that need no more work."""
-        spans = [self.layout.rows_of_block(b) for b in range(self.layout.n_blocks)]
-        return sum(last - first for b, (first, last) in enumerate(spans) if not self.missing(b))
+        blocks = range(self.layout.n_blocks)
+        return sum(self.n_rows_of(block) for block in blocks if not self.missing(block))
+
+    @property
+    def n_rows(self) -> int:
+        """Rows to be made, whether they are there yet or not."""
+        return max(self.layout.n_rows - self.rows.first_row, 0)
+
+    def n_rows_of(self, block: int) -> int:
+        """Those of one block."""
+        first, last = self.layout.rows_of_block(block)
+        return max(last - max(first, self.rows.first_row), 0)
 
 
 class BlockPipeline:
@@ -148,6 +158,8 @@ class BlockPipeline:
             for writer in writers:
                 for shard in sorted(missing - writer.committed):
                     first, last = job.layout.rows_of_shard(shard)
+                    # Of a shard that an extension fills up, the rows before are there.
+                    first = max(first, rows.first_row)
                     part = slice(first - rows.first_row, last - rows.first_row)
                     bits = buffer.values[layer][part]
                     shard_of = (shard, bits, source_R[part], masked_R[part])

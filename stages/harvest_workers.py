@@ -131,6 +131,8 @@ def _pass_spec(job: Pass) -> PassSpec:
         rule=job.rows.rule,
         mask=job.rows.mask,
         shuffle_seed=job.rows.shuffle_seed,
+        cuts=job.rows.cuts,
+        first_row=job.rows.first_row,
         layout=job.layout,
         batch_contexts=job.batch_contexts,
         stores={
@@ -311,9 +313,8 @@ class _Foreman:
         for writers in job.writers.values():
             for writer in writers:
                 writer.committed.update(each.task.missing)
-        first, last = job.layout.rows_of_block(each.task.block)
         del self._in_hand[each.task.attempt]
-        self._show(each.task.attempt, last - first)
+        self._show(each.task.attempt, job.n_rows_of(each.task.block))
 
     # --- the bar ---
 

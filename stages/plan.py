@@ -37,7 +37,10 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One harvest in numbers. All bytes are of all stores together."""
+    """One harvest in numbers. All bytes are of all stores together.
+
+    rows: training rows to be made; rows_before: those that are there, of stores that are extended.
+    """
 
     n_stores: int
     n_passes: int
@@ -52,6 +55,7 @@ class Plan:
     work_bytes: int
     free_bytes: int
     folder: Path
+    rows_before: int = 0
 
     @property
     def raw_bytes(self) -> int:
@@ -90,16 +94,19 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan as it is printed."""
         shards = self.layout.n_shards
-        workers, blocks = self.n_workers, self.layout.n_blocks * self.n_passes
+        n_blocks = self.layout.n_blocks - self.rows_before // self.layout.block_rows
+        workers, blocks = self.n_workers, n_blocks * self.n_passes
         by_workers = f" in {workers} workers" if workers > 1 else ""
         few = (
             f"work      {_count(blocks, 'block')} for {workers} workers: some have nothing to do; a "
             "smaller --block-gb makes more blocks"
         )
+        rows = f"{self.rows:,} training and {self.heldout_rows:,} held-out rows"
+        if self.rows_before:
+            rows = f"{self.rows:,} training rows behind the {self.rows_before:,} that are there,"
         return [
             (
-                f"rows      {self.rows:,} training and {self.heldout_rows:,} held-out rows of "
-                f"{self.d_in} values in {_count(self.n_stores, 'store')}, "
+                f"rows      {rows} of {self.d_in} values in {_count(self.n_stores, 'store')}, "
                 f"{_count(shards, 'shard')} of {self.layout.shard_rows:,} rows each"
             ),
             (
@@ -125,12 +132,13 @@ class Plan:
         room = self.free_bytes * 0.95 - self.heldout_rows * self.bytes_per_row
         fitting = int(max(room, 0) / self.bytes_per_row)
         fitting -= fitting % (1000 if fitting > 10_000 else 1)
+        fitting += self.rows_before if fitting else 0
         fewer = "" if self.n_stores == 1 else ", fewer --layer or --mask-p"
         smaller = f"--tokens {fitting}{fewer}, or " if fitting else ""
         needs = "needs" if self.n_stores == 1 else "need"
         raise DiskError(
-            f"The disk is too small: {_count(self.n_stores, 'store')} of {self.rows:,} rows {needs} "
-            f"about {human_bytes(self.peak_bytes)}, and {human_bytes(self.free_bytes)} are free at "
+            f"The disk is too small: {_count(self.n_stores, 'store')} of {self.rows_before + self.rows:,} rows {needs} "
+            f"about {human_bytes(self.peak_bytes)}{' more' if self.rows_before else ''}, and {human_bytes(self.free_bytes)} are free at "
             f"{self.folder}. Pass {smaller}--out on a larger disk."
         )
 

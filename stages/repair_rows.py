@@ -87,7 +87,13 @@ class RowRepair:
         )
         corpus = Corpus(self.path / "corpus")
         table = corpus.train if is_train else corpus.heldout
-        return RowMap(table, rule, config, shuffle_seed=recipe["seed"] if is_train else None)
+        return RowMap(
+            table,
+            rule,
+            config,
+            shuffle_seed=recipe["seed"] if is_train else None,
+            cuts=tuple(recipe.get("extended_at", ())) if is_train else (),
+        )
 
     def make_positions(self, damages: list[Damage]) -> None:
         """`source` and `masked` follow from the tokens and the recipe: no model is needed."""

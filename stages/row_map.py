@@ -5,8 +5,12 @@
 Rows are counted through the contexts of the corpus in order. A block is a run of block_rows of
 them; it may begin and end inside a context, whose forward pass then runs for both blocks. Inside a
 block the rows are permuted, so that every block, shard and chunk is a fair sample.
+
+A store that was extended has cuts: row numbers at which it ended before. The rows of a block before
+and behind a cut are parts of it, each permuted and computed by itself.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -56,12 +60,13 @@ class BlockRows:
 
     split: its name for messages; tokens_CT: what the model is given (masked); lengths_C; kept_CT: positions that are rows of this
     block; places_R: row j (in text order) is stored at first_row + places_R[j]; source_R and
-    masked_R: of row j, in text order.
+    masked_R: of row j, in text order; part_ends: one past the last context of each part, of which
+    a context on a cut is in two.
     """
 
     split: str
     first_row: int
-    first_context: int
+    part_ends: tuple[int, ...]
     tokens_CT: NDArray[np.uint32]
     lengths_C: NDArray[np.uint32]
     kept_CT: NDArray[np.bool_]
@@ -105,13 +110,18 @@ class RowMap:
         *,
         shuffle_seed: int | None,
         counted_by: "RowMap | None" = None,
+        cuts: tuple[int, ...] = (),
+        first_row: int = 0,
     ) -> None:
         """shuffle_seed: of the permutation inside blocks; None keeps text order.
 
         counted_by: a map of the same table and rule: unless masked rows are left out, its rows are
-        those of any mask ratio, and the tokens need not be counted again.
+        those of any mask ratio, and the tokens need not be counted again. cuts: numbers of rows at
+        which the store was extended, ascending; first_row: 0 or one of them, where the rows to be
+        made begin.
         """
         self.table, self.rule, self.mask, self.shuffle_seed = table, rule, mask, shuffle_seed
+        self.cuts, self.first_row = cuts, first_row
         self._counted_by = None if rule.drop_masked else counted_by
 
     @property
@@ -148,19 +158,40 @@ class RowMap:
         )
 
     def block(self, layout: Layout, block: int) -> BlockRows:
-        """The rows of one block of a layout."""
-        return self.rows(layout, block, self.span(layout, block))
+        """The rows of one block of a layout, from `first_row` on."""
+        parts = [
+            self._rows(part, self._span(part.first, part.last))
+            for part in self._parts(layout, block)
+        ]
+        return parts[0] if len(parts) == 1 else _joined(parts)
 
     def span(self, layout: Layout, block: int) -> Span:
-        """Where a block lies in the text."""
+        """Where the only part of a block lies in the text."""
+        (part,) = self._parts(layout, block)
+        return self._span(part.first, part.last)
+
+    def rows(self, layout: Layout, block: int, span: Span) -> BlockRows:
+        """The rows of a block whose place is known; the rows before it need not be counted."""
+        (part,) = self._parts(layout, block)
+        return self._rows(part, span)
+
+    def _parts(self, layout: Layout, block: int) -> "list[_Part]":
+        """The parts of a block, those before `first_row` left out."""
         first, last = layout.rows_of_block(block)
+        bounds = [first, *(cut for cut in self.cuts if first < cut < last), last]
+        parts = [
+            _Part(block, number, begin, end)
+            for number, (begin, end) in enumerate(itertools.pairwise(bounds))
+        ]
+        return [part for part in parts if part.first >= self.first_row]
+
+    def _span(self, first: int, last: int) -> Span:
         begin = int(np.searchsorted(self._starts, first, side="right")) - 1
         end = int(np.searchsorted(self._starts, last, side="left"))
         return Span(begin, end, int(self._starts[begin]))
 
-    def rows(self, layout: Layout, block: int, span: Span) -> BlockRows:
-        """The rows of a block whose place is known; the rows before it need not be counted."""
-        first, last = layout.rows_of_block(block)
+    def _rows(self, part: "_Part", span: Span) -> BlockRows:
+        first, last = part.first, part.last
         begin, end = span.begin, span.end
         tokens_CT, lengths_C = self.table.tokens(begin, end), self.table.lengths(begin, end)
         masked_tokens_CT, is_masked_CT = self._masked(tokens_CT, begin)
@@ -172,12 +203,12 @@ class RowMap:
         if self.shuffle_seed is None:
             places_R = np.arange(n_rows, dtype=np.int64)
         else:
-            places_R = permutation(stream_key(self.shuffle_seed, "rows", block), n_rows)
+            places_R = permutation(stream_key(self.shuffle_seed, *part.stream), n_rows)
         context_C, position_C = np.nonzero(kept_CT)
         return BlockRows(
             split={"train": "training", "heldout": "held-out"}[self.table.split],
             first_row=first,
-            first_context=begin,
+            part_ends=(end - begin,),
             tokens_CT=masked_tokens_CT,
             lengths_C=lengths_C,
             kept_CT=kept_CT,
@@ -185,3 +216,36 @@ class RowMap:
             source_R=(begin + context_C) * self.table.context_size + position_C,
             masked_R=is_masked_CT[kept_CT],
         )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows [first, last) of a block, between its bounds and cuts; number: counted from 0."""
+
+    block: int
+    number: int
+    first: int
+    last: int
+
+    @property
+    def stream(self) -> tuple[str | int, ...]:
+        """Of the permutation of its rows. The first part's is that of a block without cuts."""
+        return ("rows", self.block, self.number) if self.number else ("rows", self.block)
+
+
+def _joined(parts: list[BlockRows]) -> BlockRows:
+    """The parts of a block as one: laid end to end, each permuted in itself."""
+    first_row = parts[0].first_row
+    together = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("tokens_CT", "lengths_C", "kept_CT", "source_R", "masked_R")
+    }
+    places_R = np.concatenate([part.places_R + part.first_row - first_row for part in parts])
+    ends = np.cumsum([part.n_contexts for part in parts]).tolist()
+    return BlockRows(
+        split=parts[0].split,
+        first_row=first_row,
+        part_ends=tuple(ends),
+        places_R=places_R,
+        **together,
+    )

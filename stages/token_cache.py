@@ -1,7 +1,8 @@
 """Tokenised documents on disk, while a corpus is being built: a cache that grows batch by batch.
 
 It depends on the text, the tokenizer and the way of deduplication, and on nothing else, so that
-another context size or number of rows finds the work done. One SQLite database is the commit point;
+another context size or number of rows finds the work done. With `first_record` the records before
+it are read for the sake of deduplication alone: a corpus has their tokens already. One SQLite database is the commit point;
 two flat files hold the bulk and are cut to the committed length when a crash left more:
 
     tokens     uint32, the tokens of one document after the other
@@ -61,15 +62,24 @@ class TokenCache:
     """The cache in a folder; `batches` goes through it and makes it grow."""
 
     def __init__(
-        self, folder: Path, source: TextSource, tokenizer: TextTokenizer, dedup: str
+        self,
+        folder: Path,
+        source: TextSource,
+        tokenizer: TextTokenizer,
+        dedup: str,
+        *,
+        first_record: int = 0,
     ) -> None:
+        """first_record: ordinal of the first record that is wanted."""
         self._folder, self._source, self._tokenizer = folder, source, tokenizer
+        self._first_record = first_record
         self._records: RecordStream | None = None
         identity = {
             "version": _VERSION,
             "source": source.identity,
             "tokenizer": tokenizer.fingerprint,
             "dedup": dedup,
+            **({"first_record": first_record} if first_record else {}),
         }
         make_dedup = get_dedup(dedup)
         self._database = _open_database(folder, canonical_json(identity).decode())
@@ -183,31 +193,36 @@ class TokenCache:
     def _read(
         self, stream: RecordStream, limit: int, left_out: Counter[str]
     ) -> tuple[list[tuple[int, str, bytes]], int, bool]:
-        """One batch of (ordinal, text, digest) without duplicates; records read; whether all are."""
+        """One batch of (ordinal, text, digest) without duplicates; records read; whether all are.
+
+        Records before the first that is wanted are read but not counted.
+        """
         found: list[tuple[int, str]] = []
         n_characters = n_records = 0
         is_last = True
-        for record in stream:
-            n_records += 1
+        for n_read, record in enumerate(stream, 1):
+            is_wanted = record.index >= self._first_record
+            n_records += is_wanted
             if record.text is None:
                 assert record.problem is not None
-                left_out[record.problem] += 1
+                left_out[record.problem] += is_wanted
             else:
                 found.append((record.index, record.text))
                 n_characters += len(record.text)
-            if n_characters >= limit or n_records >= _BATCH_RECORDS:
+            if n_characters >= limit or n_read >= _BATCH_RECORDS:
                 is_last = False
                 break
         normalised = [normalise(text) for _, text in found]
         digests = [digest_of(text) for text in normalised]
         are_new = self._dedup.are_new(normalised, digests)
-        if not all(are_new):
-            left_out[self._dedup.reason] += are_new.count(False)
-        kept = [
-            (index, text, digest)
+        wanted = [
+            (index, text, digest, is_new)
             for (index, text), digest, is_new in zip(found, digests, are_new, strict=True)
-            if is_new
+            if index >= self._first_record
         ]
+        kept = [(index, text, digest) for index, text, digest, is_new in wanted if is_new]
+        if len(kept) < len(wanted):
+            left_out[self._dedup.reason] += len(wanted) - len(kept)
         return kept, n_records, is_last
 
     def _tokenise(
@@ -233,7 +248,7 @@ class TokenCache:
             index["key"].astype(np.uint64),
             tokens,
             n_records,
-            dict(sorted(left_out.items())),
+            dict(sorted((+left_out).items())),
         )
         return batch, index
 

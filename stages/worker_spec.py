@@ -51,6 +51,8 @@ class PassSpec:
     rule: KeepRule
     mask: MaskConfig
     shuffle_seed: int | None
+    cuts: tuple[int, ...]
+    first_row: int
     layout: Layout
     batch_contexts: int
     stores: dict[int, tuple[str, ...]]

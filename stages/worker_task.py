@@ -28,6 +28,7 @@ from ..storage import provenance
 from ..storage.builder import StoreBuilder
 from ..storage.corpus import Corpus
 from ..storage.errors import InputError, SaePipeError, StoreError
+from ..storage.extension import resume_any
 from ..storage.manifest import MANIFEST, rows_digest
 from ..storage.values import Floats, value_type
 from ..storage.writer import SplitWriter
@@ -190,9 +191,7 @@ class _Run:
         spec = self.spec
         self._model = _model(spec.model)
         self._encoding = ThreadPoolExecutor(threads, thread_name_prefix="encode")
-        writers = {
-            path: StoreBuilder.resume(Path(path)).writers(self._encoding) for path in spec.digests
-        }
+        writers = {path: resume_any(Path(path)).writers(self._encoding) for path in spec.digests}
         corpus = Corpus(Path(next(iter(spec.digests))) / "corpus")
         self._passes = [_pass(each, corpus, writers) for each in spec.passes]
         # In memory, however long it takes: two workers must never share the file of a block, whose
@@ -242,7 +241,14 @@ def _pass(
     table = corpus.train if is_train else corpus.heldout
     return Pass(
         label=spec.label,
-        rows=RowMap(table, spec.rule, spec.mask, shuffle_seed=spec.shuffle_seed),
+        rows=RowMap(
+            table,
+            spec.rule,
+            spec.mask,
+            shuffle_seed=spec.shuffle_seed,
+            cuts=spec.cuts,
+            first_row=spec.first_row,
+        ),
         layout=spec.layout,
         batch_contexts=spec.batch_contexts,
         values=next(iter(writers.values()))[0].codec.values,

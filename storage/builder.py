@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import provenance, zarr_metadata
 from .codecs import Codec, codec_of, get_codec
@@ -37,6 +38,7 @@ from .store import ActivationStore
 from .values import Floats
 from .writer import SplitWriter, write_vectors
 
+Vector = NDArray[np.float64]
 Measure = Callable[[ActivationStore], dict[str, Any]]
 
 
@@ -129,8 +131,8 @@ class StoreBuilder:
             "state": HARVESTING,
             "execution": execution,
             "corpus": {"digest": corpus},
-            "train": {"layout": _as_json(train), "shards": []},
-            "heldout": {"layout": _as_json(heldout), "shards": []},
+            "train": {"layout": layout_json(train), "shards": []},
+            "heldout": {"layout": layout_json(heldout), "shards": []},
         }
         self._write_zarr_metadata(train, heldout)
         write_manifest(self.path, self.manifest)
@@ -206,12 +208,9 @@ class StoreBuilder:
         """
         collected = train.collect()
         moments = collected.moments
-        vectors = {"statistics/mean": moments.mean, "statistics/variance": moments.variance}
         if collected.distortion is not None:
-            per_dimension = collected.distortion.relative_error_per_dimension
-            vectors["statistics/relative_error"] = per_dimension
-            self.manifest["encoding"]["error"] = _error_summary(collected.distortion, self.codec)
-        write_vectors(self.path, vectors)
+            self.manifest["encoding"]["error"] = error_summary(collected.distortion, self.codec)
+        write_vectors(self.path, vectors_of(moments, collected.distortion))
         self.manifest["train"]["shards"] = collected.shards
         self.manifest["heldout"]["shards"] = heldout.collect().shards
         self.manifest["statistics"] = statistics_entry(moments)
@@ -226,6 +225,17 @@ class StoreBuilder:
         shutil.rmtree(self.path / COMMITS, ignore_errors=True)
 
 
+def vectors_of(moments: Moments, distortion: Distortion | None) -> dict[str, Vector]:
+    """The arrays of `statistics`, by name."""
+    vectors: dict[str, Vector] = {
+        "statistics/mean": moments.mean,
+        "statistics/variance": moments.variance,
+    }
+    if distortion is not None:
+        vectors["statistics/relative_error"] = distortion.relative_error_per_dimension
+    return vectors
+
+
 def statistics_entry(moments: Moments) -> dict[str, Any]:
     """What the manifest says of the training rows."""
     return {
@@ -236,7 +246,7 @@ def statistics_entry(moments: Moments) -> dict[str, Any]:
     }
 
 
-def _error_summary(distortion: Distortion, codec: Codec) -> dict[str, Any]:
+def error_summary(distortion: Distortion, codec: Codec) -> dict[str, Any]:
     """What the manifest says of a lossy codec's error; null for what is not a finite number."""
     values = distortion.given.count * len(distortion.squares)
     mean_square = float(distortion.squares.sum()) / max(values, 1)
@@ -256,7 +266,8 @@ def _entry(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
 
 
-def _as_json(layout: Layout) -> dict[str, int]:
+def layout_json(layout: Layout) -> dict[str, int]:
+    """A layout as the manifest has it."""
     return {
         "n_rows": layout.n_rows,
         "d_in": layout.d_in,

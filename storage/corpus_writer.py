@@ -16,7 +16,8 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from .corpus import CORPUS_FORMAT, CORPUS_JSON, corpus_digest
+from .corpus import CORPUS_FORMAT, CORPUS_JSON, TokenTable, corpus_digest
+from .disk import link_or_copy
 from .files import disk_error, file_digest, fsync_folder, write_json
 
 _CHUNK_VALUES = 4 * 2**20  # 16 MiB of uint32
@@ -39,12 +40,19 @@ def create_groups(folder: Path) -> None:
 
 
 def write_split(
-    folder: Path, split: str, n_contexts: int, context_size: int, slices: Slices
+    folder: Path,
+    split: str,
+    n_contexts: int,
+    context_size: int,
+    slices: Slices,
+    *,
+    there: TokenTable | None = None,
 ) -> None:
     """Write the four arrays of a split.
 
     slices(start, stop) gives the stored contexts of that range, as `tokens` and `document` (C, T)
-    and `length` and `origin` (C,).
+    and `length` and `origin` (C,). there: contexts that the first ones are; whole chunks of them are
+    taken over as files, and not asked for.
     """
     group = zarr.open_group(folder / split, mode="r+")
     step = chunk_contexts(context_size)
@@ -56,13 +64,26 @@ def write_split(
     }
     arrays = {name: _create(group, name, shape, step) for name, shape in shapes.items()}
     try:
+        n_there = 0 if there is None else there.n_contexts // step
+        if there is not None:
+            for name in arrays:
+                _take_over(there.folder / split / name, folder / split / name, n_there)
         # Whole chunks at a time: a chunk is written once.
-        for start in range(0, n_contexts, step):
+        for start in range(n_there * step, n_contexts, step):
             stop = min(start + step, n_contexts)
             for name, values in slices(start, stop).items():
                 arrays[name][start:stop] = values
     except OSError as error:
         raise disk_error(error, folder / split) from error
+
+
+def _take_over(there: Path, array: Path, n_chunks: int) -> None:
+    """Give an array the files of the first chunks of another."""
+    for file in sorted(path for path in (there / "c").rglob("*") if path.is_file()):
+        below = file.relative_to(there)
+        if int(below.parts[1]) < n_chunks:
+            (array / below).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(file, array / below)
 
 
 def _create(group: zarr.Group, name: str, shape: tuple[int, ...], step: int) -> "zarr.Array[Any]":

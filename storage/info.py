@@ -6,6 +6,7 @@ from typing import Any
 from .address import Address, Place
 from .disk import human_bytes
 from .errors import StoreError
+from .extension import extension_begun
 from .layout import VALUE_BYTES, Layout
 from .manifest import COMMITS, COMPLETE, TOKENISING, Manifest, layout_of
 from .shuffle import verdict
@@ -38,8 +39,14 @@ def describe(path: Place, manifest: Manifest) -> list[tuple[str, str]]:
 
 def _state(path: Place, manifest: Manifest) -> str:
     state = str(manifest["state"])
-    if state == COMPLETE or isinstance(path, Address):
+    if isinstance(path, Address):
         return state
+    if state == COMPLETE:
+        begun = extension_begun(path)
+        if begun is None or begun.state == COMPLETE:
+            return state
+        n_rows = begun.layouts()[0].n_rows
+        return f"{state}; its extension to {n_rows:,} rows is not finished: {begun.progress()}"
     return f"{state}: {sealed_shards(path, manifest)}"
 
 
@@ -229,6 +236,8 @@ def _made(manifest: Manifest) -> list[tuple[str, str]]:
     ]
     if speed is not None:
         pairs.append(("speed", f"{speed:,.0f} tokens/s through the model, measured beforehand"))
+    for each in made.get("extensions", []):
+        pairs.append(("extended", f"{each['finished']}, behind {each['rows']:,} training rows"))
     repairs = made.get("repairs", [])
     if repairs:
         n_files = sum(len(entry["files"]) for entry in repairs)

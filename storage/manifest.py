@@ -30,12 +30,25 @@ Manifest = dict[str, Any]
 def read_manifest(path: Place) -> Manifest:
     """Parse and check the manifest of a store folder, or of a store at an address.
 
-    Raises StoreError: no such folder, not a store, damaged, or of a newer format.
+    Raises StoreError: no such folder, not a store, damaged, of a newer format, or its files are
+    being exchanged for those of a larger store.
     """
     if isinstance(path, Address):
         from .store_source import fetch_manifest
 
         return fetch_manifest(path)
+    manifest = read_manifest_of_any_state(path)
+    if manifest.get("state") == EXTENDING:
+        raise StoreError(
+            f"Store {path} is being extended: its new files are being put to their places. Try "
+            "again in a moment; if that was interrupted, run the `sae-pipe harvest --extend` "
+            "command once more."
+        )
+    return manifest
+
+
+def read_manifest_of_any_state(path: Path) -> Manifest:
+    """`read_manifest` for who extends a store, and finishes what a kill has interrupted."""
     if not path.is_dir():
         raise StoreError(
             f"There is no store at {path}. "

@@ -83,6 +83,11 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def this_run(crew: dict[str, Any]) -> dict[str, Any]:
+    """One run of a harvest, for `provenance.runs`. crew: the device, and the workers if any."""
+    return {"started": now(), "hardware": hardware(), **crew, "versions": versions()}
+
+
 def command_line() -> str:
     """The command, as it could be typed again."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -7,6 +7,7 @@ threads into reused buffers is what makes the reader as fast as the codec (docs/
 Every chunk's crc32c is checked; a damaged one is an error that names the shard.
 """
 
+import json
 import os
 import threading
 import weakref
@@ -22,6 +23,7 @@ from .codecs import Codec
 from .codecs.blosc import PLAIN
 from .errors import InputError, SaePipeError, StoreError
 from .layout import Layout
+from .manifest import EXTENDING, MANIFEST
 from .shard import checked_frame, index_bytes, parse_index
 from .values import Floats, Rows
 
@@ -128,10 +130,7 @@ class SplitReader:
         try:
             index = self._index(shard)
             for frame in range(self._frames_a_chunk):
-                offset, length = (int(value) for value in index[first + frame])
-                data = os.pread(self._file(shard), length, offset)
-                if len(data) != length:
-                    raise ValueError("it is shorter than its index says")
+                data = self._frame(shard, index[first + frame])
                 self.codec.decode(checked_frame(memoryview(data)), stored)
                 columns = slice(frame * self._columns, (frame + 1) * self._columns)
                 self.codec.serve(stored[: len(out_RD)], out_RD[:, columns])
@@ -139,6 +138,26 @@ class SplitReader:
             raise  # some are OSErrors too: of a file that could not be fetched
         except (ValueError, OSError) as error:
             raise self._damaged(shard, error) from error
+
+    def chunk_frames(self, chunk: int) -> list[bytes]:
+        """The frames of a chunk as they stand in its shard, each with its checksum behind it."""
+        shard, inner = divmod(chunk, self.layout.chunks_per_shard)
+        first = inner * self._frames_a_chunk
+        try:
+            index = self._index(shard)[first : first + self._frames_a_chunk]
+            frames = [self._frame(shard, entry) for entry in index]
+            for frame in frames:
+                checked_frame(memoryview(frame))
+        except (ValueError, OSError) as error:
+            raise self._damaged(shard, error) from error
+        return frames
+
+    def _frame(self, shard: int, entry: NDArray[np.uint64]) -> bytes:
+        offset, length = (int(value) for value in entry)
+        data = os.pread(self._file(shard), length, offset)
+        if len(data) != length:
+            raise ValueError("it is shorter than its index says")
+        return data
 
     def _stored_buffer(self) -> Rows:
         """This thread's memory for one decoded frame."""
@@ -217,6 +236,11 @@ class SplitReader:
                 yield shard, self.shard_path(shard, array), entry["sha256"]
 
     def _damaged(self, shard: int, error: Exception, array: str = "activations") -> StoreError:
+        if self._is_replaced(shard):
+            return StoreError(
+                f"Store {self._root} was extended or repaired since it was opened, and shard {shard} is "
+                "another file now. Open it again."
+            )
         path = self.shard_path(shard, array).relative_to(self._root)
         reason = error.strerror if isinstance(error, OSError) else error
         return StoreError(
@@ -224,6 +248,17 @@ class SplitReader:
             f"Run `sae-pipe store repair {self._root}`: it makes damaged files again and touches "
             "nothing else."
         )
+
+    def _is_replaced(self, shard: int) -> bool:
+        """Whether the manifest on disk records other files than the one that this reader has."""
+        split = "train" if self._folder == self._root else self._folder.name
+        try:
+            manifest = json.loads((self._root / MANIFEST).read_bytes())
+            if manifest["state"] == EXTENDING:
+                return True
+            return bool(manifest[split]["shards"][shard] != self._shards[shard])
+        except (OSError, ValueError, KeyError, IndexError, TypeError):
+            return False
 
     def _read_plain(self, array: str, rows: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
         wanted = self._wanted(rows)

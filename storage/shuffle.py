@@ -52,7 +52,8 @@ def measure_shuffle(
             f"A batch of {batch} rows cannot be had of {n_rows}. Pass --batch-size from 1 to that."
         )
     contexts = Contexts.of(store)
-    stored = StoredOrder(layout, contexts, shards_to_read(layout, max_rows), batch)
+    cuts = store.recipe.get("extended_at", ())
+    stored = StoredOrder(layout, contexts, shards_to_read(layout, max_rows), batch, cuts)
     stored.read(store, advance)
     served = ServedBatches(store, contexts, batch)
     tokens = Tokens(store, contexts, stored.seen, served.source_NB, advance, is_full=stored.is_full)

@@ -3,7 +3,7 @@
 # B rows of a batch, N batches, C contexts
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,16 @@ def shards_to_read(layout: Layout, max_rows: int | None) -> list[int]:
 class StoredOrder:
     """What one pass over `source`, in the stored order, tells."""
 
-    def __init__(self, layout: Layout, contexts: Contexts, shards: list[int], batch: int) -> None:
-        self._layout, self._contexts, self._shards = layout, contexts, shards
+    def __init__(
+        self,
+        layout: Layout,
+        contexts: Contexts,
+        shards: list[int],
+        batch: int,
+        cuts: Sequence[int] = (),
+    ) -> None:
+        """cuts: rows at which the store was extended, which are bounds of what is permuted."""
+        self._layout, self._contexts, self._shards, self._cuts = layout, contexts, shards, cuts
         rows = [last - first for first, last in map(layout.rows_of_shard, shards)]
         self.n_rows = sum(rows)
         self.seen = SeenPositions(contexts.n * contexts.size)
@@ -86,6 +94,8 @@ class StoredOrder:
         if len(contexts) < self._run_rows:
             return
         begin, end = self._layout.rows_of_block(first_row // self._layout.block_rows)
+        begin = max([begin, *(cut for cut in self._cuts if cut <= first_row)])
+        end = min([end, *(cut for cut in self._cuts if cut > first_row)])
         met = float(rows_met(contexts[None, : self._run_rows])[0])
         self._met.append((met, (self._run_rows - 1) / max(end - begin - 1, 1)))
 

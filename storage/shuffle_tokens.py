@@ -5,6 +5,7 @@ Which rows should be there, and the documents that they are of: one pass over th
 
 # B rows of a batch, N batches, C contexts, T positions of a context
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .corpus import TokenTable
+from .corpus import Corpus, TokenTable
 from .corpus_writer import chunk_contexts
 from .errors import InputError, StoreError
 from .shuffle_statistics import Ints, SeenPositions, pair_probability
@@ -44,7 +45,7 @@ class Contexts:
             )
         if corpus.get("source"):
             table = store.corpus.train
-            order_C = np.argsort(table.origins(0, table.n_contexts), kind="stable")
+            order_C = _text_order(store.corpus, table)
             return cls(table.n_contexts, size, order_C, table)
         # Without tokens the numbers of the contexts stand for the order of the text.
         n = _largest_source(store) // size + 1
@@ -60,6 +61,23 @@ class Contexts:
         """The contexts of rows; impossible ones, which `SeenPositions` counts, are bent inside."""
         contexts: Ints = np.clip(source // self.size, 0, max(self.n - 1, 0))
         return contexts
+
+
+def _text_order(corpus: Corpus, table: TokenTable) -> Ints:
+    """Contexts in the order of the text.
+
+    An extended corpus has parts, of which each is in an order of its own and comes from text behind
+    that of the part before: they are laid over one another, the first tenth of one beside the first
+    tenth of the other, since it is the order inside them that was to be shuffled.
+    """
+    origin_C = table.origins(0, table.n_contexts)
+    extensions = corpus.info["recipe"].get("extensions", ())
+    bounds = [0, *(int(each["contexts"]) for each in extensions), table.n_contexts]
+    share_C = np.empty(table.n_contexts)
+    for first, last in itertools.pairwise(bounds):
+        share_C[first:last] = (origin_C[first:last] - first + 0.5) / max(last - first, 1)
+    order_C: Ints = np.argsort(share_C, kind="stable")
+    return order_C
 
 
 def _largest_source(store: ActivationStore) -> int:

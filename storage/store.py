@@ -1,5 +1,6 @@
 """An activation store on disk, opened for reading."""
 
+import hashlib
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .address import Address, Place, place
-from .codecs import codec_of
+from .codecs import Codec, codec_of
 from .corpus import Corpus
 from .errors import InputError, StoreError
 from .layout import Layout
@@ -182,6 +183,16 @@ class ActivationStore:
             in_stored_order=self._in_stored_order,
         )
 
+    @property
+    def train_reader(self) -> SplitReader:
+        """The training rows as they are stored, chunk by chunk."""
+        return self._train
+
+    @property
+    def codec(self) -> Codec:
+        """How the rows are stored."""
+        return self._codec
+
     def _reader_of_batches(self) -> SplitReader:
         return self._train
 
@@ -243,12 +254,19 @@ class ActivationStore:
         try:
             if file.stat().st_size != 8 * self.d_in + CRC_BYTES:
                 raise ValueError("its size is wrong")
-            frame = checked_frame(memoryview(file.read_bytes()))
+            data = file.read_bytes()
+            frame = checked_frame(memoryview(data))
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"{file} is damaged ({error}). Run `sae-pipe store repair {self.path}`: it makes "
                 "damaged files again and touches nothing else."
             ) from error
+        recorded = self.manifest.get("files", {}).get(f"{name}/c/0", {}).get("sha256")
+        if recorded is not None and hashlib.sha256(data).hexdigest() != recorded:
+            raise StoreError(
+                f"{file} is not the one that was there when {self.place} was opened: the store was "
+                "extended or repaired since. Open it again."
+            )
         return np.frombuffer(frame, dtype="<f8").astype(np.float64)
 
     def file(self, name: str) -> Path:

@@ -121,6 +121,12 @@ def open_prefix(
                 "there before. It was begun anew: pass another --out to fit from it."
             )
         shards = records[split][: -(-n_rows // layout.shard_rows)]
+        if n_rows % layout.shard_rows and shards[-1]["rows"] != n_rows % layout.shard_rows:
+            raise StoreError(
+                f"Store {path} had {n_rows:,} {split} rows before it was extended, and its shard "
+                f"{len(shards) - 1} holds more by now. Pass another --out to fit from the store as it "
+                "is."
+            )
         derived[split] = {
             "layout": {**manifest[split]["layout"], "n_rows": n_rows},
             "shards": shards,

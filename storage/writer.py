@@ -27,7 +27,7 @@ from .layout import Layout
 from .manifest import COMMITS
 from .shard import crc32c, write_shard
 from .statistics import Distortion, Moments
-from .values import Rows
+from .values import Floats, Rows
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,15 @@ class SplitWriter:
         Inf.
         """
         frames, moments, distortion = self._encode(shard, rows_RD)
-        assert source_R.shape == (len(rows_RD),)
+        first, last = self.layout.rows_of_shard(shard)
+        assert source_R.shape == (last - first,)
         files = {"source": self._write_plain("source", shard, source_R)}
         if self._with_masked:
             assert masked_R is not None
             files["masked"] = self._write_plain("masked", shard, masked_R)
         size, digest = write_shard(self._path("activations", shard), frames, self._frames_per_shard)
         files["activations"] = {"bytes": size, "sha256": digest}
-        record = {"rows": len(rows_RD), "files": files, "moments": moments.to_json()}
+        record = {"rows": len(source_R), "files": files, "moments": moments.to_json()}
         if distortion is not None:
             record["distortion"] = distortion.to_json()
         if self.before_commit is not None:
@@ -126,11 +127,25 @@ class SplitWriter:
         """Frames of a shard with their checksums, and the statistics of its rows."""
         first, last = self.layout.rows_of_shard(shard)
         assert rows_RD.shape == (last - first, self.layout.d_in)
+        return self._encode_chunks(shard, rows_RD)
+
+    def _encode_chunks(
+        self, shard: int, rows_RD: Rows, before_RD: Floats | None = None
+    ) -> tuple[list[bytes], Moments, Distortion | None]:
+        """Encode chunks in threads. before_RD: rows of the first chunk that stand before rows_RD and
+        do not count in the statistics.
+        """
         assert rows_RD.dtype == self.codec.values.memory
         step = self.layout.chunk_rows
+        n_before = 0 if before_RD is None else len(before_RD)
         jobs = [
-            self._pool.submit(self._encode_chunk, shard, rows_RD[start : start + step])
-            for start in range(0, len(rows_RD), step)
+            self._pool.submit(
+                self._encode_chunk,
+                shard,
+                rows_RD[max(start, 0) : start + step],
+                before_RD if start < 0 else None,
+            )
+            for start in range(-n_before, len(rows_RD), step)
         ]
         moments = Moments.empty(self.layout.d_in)
         distortion = Distortion.empty(self.layout.d_in) if self.codec.is_lossy else None
@@ -152,10 +167,14 @@ class SplitWriter:
         columns = self.codec.columns(self.layout.d_in)
         return self.layout.chunks_per_shard * (self.layout.d_in // columns)
 
-    def _encode_chunk(self, shard: int, rows_RD: Rows) -> "_Chunk":
+    def _encode_chunk(self, shard: int, rows_RD: Rows, before_RD: Floats | None = None) -> "_Chunk":
         # Zarr stores edge chunks at full size: the rows beyond the end are zeros.
         values = np.zeros((self.layout.chunk_rows, self.layout.d_in), np.float32)
-        given = values[: len(rows_RD)]
+        n_before = 0
+        if before_RD is not None:
+            n_before = len(before_RD)
+            values[:n_before] = before_RD
+        given = values[n_before : n_before + len(rows_RD)]
         self.codec.values.to_floats(rows_RD, given)
         # Both ends propagate NaN, and need no memory, as isfinite over all values would.
         if not (np.isfinite(given.max()) and np.isfinite(given.min())):
@@ -177,11 +196,11 @@ class SplitWriter:
         write_whole(self._path(array, shard), frame)
         return {"bytes": len(frame), "sha256": hashlib.sha256(frame).hexdigest()}
 
-    def collect(self) -> "Collected":
-        """All commit records in order, and what they say of all rows."""
+    def collect(self, first_shard: int = 0) -> "Collected":
+        """The commit records from a shard on, in order, and what they say of its rows and all later."""
         records, moments = [], Moments.empty(self.layout.d_in)
         distortion = Distortion.empty(self.layout.d_in) if self.codec.is_lossy else None
-        for shard in range(self.layout.n_shards):
+        for shard in range(first_shard, self.layout.n_shards):
             record = json.loads((self._commits / f"{shard:08d}.json").read_bytes())
             moments.merge(Moments.from_json(record["moments"]))
             if distortion is not None:

@@ -49,6 +49,6 @@ def content(store: Path) -> dict[str, bytes]:
     }
     manifest = json.loads((store / "manifest.json").read_text())
     manifest.pop("provenance")
-    manifest["execution"].pop("tokens_per_s")
+    manifest["execution"].pop("tokens_per_s", None)
     files["manifest"] = json.dumps(manifest, sort_keys=True).encode()
     return files

@@ -1,12 +1,8 @@
 """A harvest that is killed, stopped or run again: the same bytes, nothing lost."""
 
-import multiprocessing
-import os
-import re
 import shutil
 import signal
 import subprocess
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,45 +14,12 @@ import torch
 from sae_pipe.stages import harvest_plan, harvest_run
 from sae_pipe.stages.backoff import BatchRunner
 from sae_pipe.stages.harvest import harvest
-from sae_pipe.stages.harvest_config import HarvestConfig
 from sae_pipe.stages.plan import Rates
 from sae_pipe.storage import DiskError, InputError, StoreError, open_store
 from sae_pipe.storage.lock import sole_writer
 
 from .harvesting import config_for, content, quiet
-
-
-def _harvest_in_child(config: HarvestConfig, die_at: int | None, events: Any) -> None:
-    """Harvest, and die by SIGKILL just before the given event: a write, sync, rename or batch."""
-
-    lock = threading.Lock()  # the child's own: one shared with the parent would die locked
-
-    def counted(function: Any) -> Any:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            with lock:
-                events.value += 1
-                if events.value == die_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return called
-
-    torch.set_num_threads(1)
-    for name in ("replace", "fsync", "posix_fallocate"):
-        setattr(os, name, counted(getattr(os, name)))
-    BatchRunner._try = counted(BatchRunner._try)  # type: ignore[method-assign]
-    vars(harvest_run)["measure"] = lambda *_: Rates(tokens_per_s=1e3, bytes_per_value=1.4)
-    quiet(config)
-
-
-def run_in_child(config: HarvestConfig, die_at: int | None = None) -> tuple[int | None, int]:
-    """Exit code of a harvest in a process of its own, and how many events it came to."""
-    context = multiprocessing.get_context("fork")
-    events = context.Value("q", 0, lock=False)
-    process = context.Process(target=_harvest_in_child, args=(config, die_at, events))
-    process.start()
-    process.join()
-    return process.exitcode, events.value
+from .interrupting import run_in_child, run_until
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -105,8 +68,8 @@ MOMENTS = {
         [r"replace .*\.zarr/source/c/2"],
         [r"replace .*\.zarr/masked/c/4"],
         [r"fsync .*\.zarr/activations/c/6/\.0"],
-        [r"replace .*\.zarr/activations/c/7/0"],
-        [r"replace .*/\.commits/train/00000009"],
+        [r"replace .*\.zarr/activations/c/8/0"],
+        [r"replace .*/\.commits/train/00000010"],
     ),
     "writing the manifest": (
         [r"replace .*/statistics/mean/c/0"],
@@ -117,31 +80,6 @@ MOMENTS = {
 }
 
 
-def _harvest_until(config: HarvestConfig, moment: list[str], *, is_done: bool) -> None:
-    """Harvest, and die by SIGKILL just before or, with is_done, just after a write."""
-    lock, left = threading.Lock(), list(moment)
-
-    def watched(name: str, function: Any) -> Any:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            path = args[-1] if name == "replace" else os.readlink(f"/proc/self/fd/{args[0]}")
-            with lock:
-                if left and re.search(left[0], f"{name} {path}"):
-                    del left[0]
-                    if not left:
-                        if is_done:
-                            function(*args, **kwargs)
-                        os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return called
-
-    torch.set_num_threads(1)
-    for name in ("replace", "fsync"):
-        setattr(os, name, watched(name, getattr(os, name)))
-    vars(harvest_run)["measure"] = lambda *_: Rates(tokens_per_s=1e3, bytes_per_value=1.4)
-    quiet(config)
-
-
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs names of open files")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
@@ -149,15 +87,10 @@ def test_killed_at_the_writes_of_every_phase_in_turn_a_harvest_loses_and_repeats
     lm: Path, text: Path, store: Path, tmp_path: Path, is_done: bool
 ) -> None:
     config = config_for(lm, text, tmp_path / "acts.zarr")
-    context = multiprocessing.get_context("fork")
     for phase, moments in MOMENTS.items():
         for moment in moments:
-            process = context.Process(
-                target=_harvest_until, args=(config, moment), kwargs={"is_done": is_done}
-            )
-            process.start()
-            process.join()
-            assert process.exitcode == -signal.SIGKILL, f"{phase}: {moment} never came"
+            code = run_until(config, moment, is_done=is_done)
+            assert code == -signal.SIGKILL, f"{phase}: {moment} never came"
     if not is_done:
         with pytest.raises(StoreError, match="is not finished"):
             open_store(config.out)

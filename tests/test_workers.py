@@ -101,6 +101,19 @@ def test_two_workers_of_which_one_dies_give_the_bytes_of_one_process(
     assert said[0].startswith("workers   2 processes of this machine, on cpu; Dask dashboard http")
 
 
+def test_two_workers_extend_stores_to_the_bytes_of_one_process(
+    lm: Path, text: Path, tmp_path: Path
+) -> None:
+    config = config_for(lm, text, tmp_path / "one/acts.zarr", layers=(0, 1), codec="compact")
+    ones = quiet(config)
+    shutil.copytree(tmp_path / "one", tmp_path / "many")
+    quiet(replace(config, tokens=9000, extend=True))
+    many = replace(config, out=tmp_path / "many/acts.zarr", workers=2)
+    manys = quiet(replace(many, tokens=9000, extend=True))
+    assert [open_store(each).n_rows for each in manys] == [9000] * 2
+    assert [differing(*each) for each in zip(manys, ones, strict=True)] == [set()] * 2
+
+
 LEADING = """
 import os, signal, sys
 from pathlib import Path

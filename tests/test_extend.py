@@ -1,0 +1,489 @@
+"""`harvest --extend`: more rows in place, those that are there where they are."""
+
+# R rows, D d_model, C contexts, T positions of a context
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from sae_pipe.stages import harvest_run
+from sae_pipe.stages.fit import fit
+from sae_pipe.stages.fit_source import open_to_fit
+from sae_pipe.stages.fitconfig import FitConfig
+from sae_pipe.stages.harvest import harvest
+from sae_pipe.stages.masking import MaskConfig, mask_tokens
+from sae_pipe.stages.plan import Rates
+from sae_pipe.stages.repair import repair
+from sae_pipe.stages.row_map import KeepRule, RowMap
+from sae_pipe.storage import ActivationStore, InputError, StoreError, open_store
+from sae_pipe.storage.corpus import Corpus
+from sae_pipe.storage.counter import permutation, stream_key
+from sae_pipe.storage.layout import Layout
+from sae_pipe.storage.manifest import read_manifest
+from sae_pipe.storage.pull import Part, pull
+from sae_pipe.storage.recode import recode
+from sae_pipe.storage.shuffle import measure_shuffle
+from sae_pipe.storage.unfinished import open_prefix
+from sae_pipe.storage.values import round_to_bfloat16
+from sae_pipe.storage.verify import stored_files, verify_store
+
+from .harvesting import CONTEXT, config_for, content, quiet
+
+BEFORE, AFTER = 6000, 9000  # rows; shards have 512, blocks 1024, so that shard 11 is filled up
+
+
+@pytest.fixture(autouse=True)
+def _no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = Rates(tokens_per_s=1e4, bytes_per_value=1.4)
+    monkeypatch.setattr(harvest_run, "measure", lambda *_: rates)
+
+
+@pytest.fixture
+def copy(store: Path, tmp_path: Path) -> Path:
+    """A copy of the store of `config_for`, to be extended."""
+    return Path(shutil.copytree(store, tmp_path / "acts.zarr"))
+
+
+@pytest.fixture(scope="module")
+def grown(lm: Path, text: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That store, extended from 6,000 to 9,000 rows."""
+    out = tmp_path_factory.mktemp("grown") / "acts.zarr"
+    shutil.copytree(store, out)
+    quiet(config_for(lm, text, out, tokens=AFTER, extend=True))
+    return out
+
+
+@pytest.fixture(scope="module")
+def counted(store: Path) -> RowMap:
+    """The rows of that store's corpus, counted once."""
+    rule = KeepRule(keep_first=False, bos_id=0, drop_masked=False)
+    mask = MaskConfig(p=0.3, mask_id=1, seed=0, special_ids=(0,))
+    return RowMap(open_store(store).corpus.train, rule, mask, shuffle_seed=7)
+
+
+def masks_of(opened: ActivationStore) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    """What the model was given, and what of it is masked, by the recipe: (C, T) each."""
+    mask, table = opened.recipe["mask"], opened.corpus.train
+    config = MaskConfig(
+        p=mask["p"],
+        mask_id=mask["id"],
+        seed=opened.recipe["seed"],
+        special_ids=tuple(mask["special_ids"]),
+    )
+    tokens_CT = table.tokens(0, table.n_contexts)
+    return mask_tokens(tokens_CT, first_context=0, context_size=CONTEXT, config=config)
+
+
+def expected_sources(opened: ActivationStore, cuts: list[int]) -> NDArray[np.int64]:
+    """Source of every stored row, straight from docs/store-format.md: (R,)."""
+    table, n_rows = opened.corpus.train, opened.n_rows
+    tokens_CT, lengths_C = table.tokens(0, table.n_contexts), table.lengths(0, table.n_contexts)
+    is_row_CT = np.arange(CONTEXT) < lengths_C[:, None]
+    if not opened.recipe["keep_first"]:
+        is_row_CT[:, 0] = False
+        is_row_CT &= tokens_CT != 0
+    if opened.recipe["drop_masked"]:
+        is_row_CT &= ~masks_of(opened)[1]
+    numbered = np.flatnonzero(is_row_CT.reshape(-1))[:n_rows]
+    stored = np.full(n_rows, -1)
+    block_rows = opened.manifest["train"]["layout"]["block_rows"]
+    for block in range(-(-n_rows // block_rows)):
+        begin, end = block * block_rows, min((block + 1) * block_rows, n_rows)
+        bounds = [begin, *[cut for cut in cuts if begin < cut < end], end]
+        for part in range(len(bounds) - 1):
+            first, last = bounds[part], bounds[part + 1]
+            names: list[int | str] = ["rows", block, *([part] if part else [])]
+            places = permutation(stream_key(opened.recipe["seed"], *names), last - first)
+            stored[first + places] = numbered[first:last]
+    return stored
+
+
+def sources(opened: ActivationStore) -> NDArray[np.int64]:
+    contexts, positions = opened.source(slice(None))
+    return contexts * CONTEXT + positions
+
+
+def model_rows(lm: Path, opened: ActivationStore, layer: int = 1) -> NDArray[np.float32]:
+    """Rows of the store, in stored order, by the whole, untruncated model: (R, D)."""
+    masked_CT, _ = masks_of(opened)
+    model = transformers.AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        ids = torch.from_numpy(masked_CT.astype(np.int64))
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states[layer + 1]
+    bits = round_to_bfloat16(states.numpy()).astype(np.uint32)
+    rows_CTD = (bits << 16).view(np.float32)
+    return rows_CTD[opened.source(slice(None))]
+
+
+def same_rows(first: ActivationStore, second: ActivationStore, n_rows: int) -> None:
+    """The first rows of two stores are equal, bit for bit, and so is all that is said of them."""
+    rows = slice(0, n_rows)
+    np.testing.assert_array_equal(first.read(rows), second.read(rows))
+    np.testing.assert_array_equal(first.masked(rows), second.masked(rows))
+    np.testing.assert_array_equal(first.source(rows), second.source(rows))
+    n_heldout = first.heldout.n_rows
+    assert n_heldout == second.heldout.n_rows
+    np.testing.assert_array_equal(
+        first.heldout.read(0, n_heldout), second.heldout.read(0, n_heldout)
+    )
+
+
+def damages(path: Path) -> list[Any]:
+    manifest = read_manifest(path)
+    return verify_store(path, manifest, stored_files(path, manifest))
+
+
+def test_rows_that_were_there_stay_and_the_new_ones_are_the_models_on_more_contexts(
+    lm: Path, store: Path, grown: Path
+) -> None:
+    old, opened = open_store(store), open_store(grown)
+    assert (old.n_rows, opened.n_rows) == (BEFORE, AFTER)
+    same_rows(old, opened, BEFORE)
+    np.testing.assert_array_equal(sources(opened), expected_sources(opened, [BEFORE]))
+    assert len(np.unique(sources(opened))) == AFTER
+    # Another batch size sums in another order: one unit of the last bfloat16 place is allowed.
+    rows = opened.read(slice(None))
+    np.testing.assert_allclose(rows, model_rows(lm, opened), rtol=2**-7, atol=1e-6)
+    _, is_masked_CT = masks_of(opened)
+    np.testing.assert_array_equal(
+        opened.masked(slice(None)), is_masked_CT[opened.source(slice(None))]
+    )
+    exact = rows.astype(np.float64)
+    np.testing.assert_allclose(opened.mean, exact.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(opened.variance, exact.var(0), rtol=1e-4)
+    assert opened.mean_squared_norm == pytest.approx((exact**2).sum(1).mean(), rel=1e-6)
+    assert damages(grown) == []
+    assert not (grown / ".extending").exists()
+
+
+def test_a_plain_zarr_reader_sees_the_rows_the_tokens_and_the_statistics(grown: Path) -> None:
+    opened = open_store(grown)
+    group: Any = zarr.open_group(grown, mode="r")
+    listed = json.loads((grown / "zarr.json").read_text())["consolidated_metadata"]["metadata"]
+    there = {str(file.parent.relative_to(grown)): file for file in grown.rglob("*/zarr.json")}
+    assert listed == {name: json.loads(file.read_text()) for name, file in there.items()}
+    np.testing.assert_array_equal(group["activations"][:], opened.read(slice(None)))
+    np.testing.assert_array_equal(group["source"][:], sources(opened))
+    np.testing.assert_array_equal(group["masked"][:], opened.masked(slice(None)))
+    np.testing.assert_array_equal(group["statistics/mean"][:], opened.mean)
+    table = opened.corpus.train
+    np.testing.assert_array_equal(
+        group["corpus/train/tokens"][:], table.tokens(0, table.n_contexts)
+    )
+
+
+def test_the_corpus_gets_contexts_of_later_records_permuted_among_themselves(
+    store: Path, grown: Path
+) -> None:
+    old, new = Corpus(store / "corpus"), Corpus(grown / "corpus")
+    n_old, n_new = old.train.n_contexts, new.train.n_contexts
+    for name in ("tokens", "documents", "lengths", "origins"):
+        of_old, of_new = getattr(old.train, name), getattr(new.train, name)
+        np.testing.assert_array_equal(of_new(0, n_old), of_old(0, n_old))
+        heldout = old.heldout.n_contexts
+        np.testing.assert_array_equal(
+            getattr(new.heldout, name)(0, heldout), getattr(old.heldout, name)(0, heldout)
+        )
+    drawn = permutation(stream_key(0, "contexts", "train", 1), n_new - n_old)
+    np.testing.assert_array_equal(new.train.origins(n_old, n_new), n_old + drawn)
+    before = old.train.documents(0, n_old)
+    added = new.train.documents(n_old, n_new)
+    assert added.min() == before.max() + 1  # no record is lost between them, and none comes twice
+    heldout_records = set(new.heldout.documents(0, new.heldout.n_contexts).ravel().tolist())
+    assert not heldout_records & {*before.ravel().tolist(), *added.ravel().tolist()}
+    assert new.info["recipe"]["extensions"] == [{"contexts": n_old, "train_rows": AFTER}]
+    (counts,) = new.info["extensions"]
+    assert counts["first_record"] == int(before.max()) + 1
+    new.verify()
+
+
+def test_the_manifest_says_how_the_store_came_to_be(store: Path, grown: Path) -> None:
+    old, new = open_store(store).manifest, open_store(grown).manifest
+    assert new["recipe"]["extended_at"] == [BEFORE]
+    assert new["recipe"]["rows"] == new["request"]["tokens"] == AFTER
+    lasting = {"recipe", "corpus", "request", "statistics", "files", "digest", "shuffle"}
+    changed = {name for name in new if new[name] != old.get(name)}
+    assert changed <= lasting | {"train", "provenance"}
+    (extension,) = new["provenance"]["extensions"]
+    assert extension["digest"] == old["digest"]
+    assert extension["rows"] == BEFORE
+    assert len(new["provenance"]["runs"]) == len(old["provenance"]["runs"]) + 1
+    assert new["execution"] == old["execution"]
+    assert new["shuffle"]["failures"] == []
+    assert new["shuffle"]["rows"] == AFTER
+    assert new["train"]["shards"][:11] == old["train"]["shards"][:11]
+    assert new["heldout"] == old["heldout"]
+
+
+def test_extended_twice_a_store_can_still_be_verified_repaired_and_traced(
+    lm: Path, text: Path, copy: Path, grown: Path
+) -> None:
+    config = config_for(lm, text, copy, extend=True)
+    quiet(replace(config, tokens=6050))  # within the same block and shard
+    quiet(replace(config, tokens=AFTER))
+    opened = open_store(copy)
+    same_rows(open_store(grown), opened, BEFORE)
+    assert opened.recipe["extended_at"] == [BEFORE, 6050]
+    np.testing.assert_array_equal(sources(opened), expected_sources(opened, [BEFORE, 6050]))
+    np.testing.assert_allclose(
+        opened.read(slice(None)), model_rows(lm, opened), rtol=2**-7, atol=1e-6
+    )
+    assert damages(copy) == []
+    before = content(copy)
+    for name in ("activations/c/11/0", "source/c/11", "masked/c/11", "activations/c/16/0"):
+        (copy / name).unlink()
+    (copy / "activations/c/5/0").write_bytes(b"damaged")
+    repair(copy, say=lambda line: None, show_progress=False)
+    assert content(copy) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"codec": "none", "store_dtype": "float32"},
+        {"codec": "lossless", "store_dtype": "float16", "tokens": 5120},  # full shards and blocks
+        {"codec": "compact", "shard_rows": 1024, "block_bytes": 4096 * 64},
+        {"codec": "compact:0.5", "tokens": 5632},  # full shards, half a block
+        {"pack": False, "drop_masked": True, "tokens": 4000},
+        {"keep_first": True, "mask_p": (0.0,)},
+    ],
+    ids=lambda changes: "-".join(str(value) for value in changes.values()),
+)
+def test_every_codec_and_kind_of_rows_can_be_extended(
+    lm: Path, text: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = config_for(lm, text, tmp_path / "acts.zarr", **changes)
+    quiet(config)
+    old_path = Path(shutil.copytree(config.out, tmp_path / "old" / "acts.zarr"))
+    tokens = (config.tokens or 0) + 2500
+    quiet(replace(config, tokens=tokens, extend=True))
+    old, new = open_store(old_path), open_store(config.out)
+    same_rows(old, new, old.n_rows)
+    assert new.n_rows == tokens
+    np.testing.assert_array_equal(sources(new), expected_sources(new, [old.n_rows]))
+    assert damages(config.out) == []
+    rows, true = new.read(slice(None)), model_rows(lm, new)
+    if config.store_dtype != "bfloat16":
+        np.testing.assert_allclose(rows, true, rtol=2**-7, atol=1e-3)
+    elif not config.stored_as.is_lossy:
+        np.testing.assert_allclose(rows, true, rtol=2**-7, atol=1e-6)
+    else:
+        assert new.manifest["encoding"]["parameters"] == old.manifest["encoding"]["parameters"]
+        step = new.manifest["encoding"]["parameters"]["step"]
+        assert np.abs(rows - true).max() < 0.51 * step + 2**-7 * np.abs(true).max()
+        squares_RD = (rows.astype(np.float64) - true) ** 2
+        spread_D = ((true - true.mean(0, dtype=np.float64)) ** 2).sum(0)
+        found = new.manifest["encoding"]["error"]
+        assert found["relative"] == pytest.approx(squares_RD.sum() / spread_D.sum(), rel=1e-2)
+        np.testing.assert_allclose(new.relative_error, squares_RD.sum(0) / spread_D, rtol=0.05)
+    np.testing.assert_allclose(new.mean, rows.mean(0, dtype=np.float64), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(new.variance, rows.var(0, dtype=np.float64), rtol=1e-4)
+
+
+def test_stores_of_several_layers_and_ratios_share_the_longer_corpus(
+    lm: Path, text: Path, tmp_path: Path
+) -> None:
+    config = config_for(
+        lm, text, tmp_path / "acts.zarr", layers=(0, 1), mask_p=(0.0, 0.3), tokens=3000
+    )
+    paths = quiet(config)
+    twin = Path(shutil.copytree(paths[3], tmp_path / "twin" / "acts.zarr"))
+    untouched = quiet(replace(config, layers=(2,), mask_p=(0.0,), out=tmp_path / "other.zarr"))[0]
+    before = content(untouched)
+    assert (untouched / "corpus/corpus.json").samefile(paths[0] / "corpus/corpus.json")
+    quiet(replace(config, tokens=4500, extend=True))
+    assert content(untouched) == before  # whose corpus was theirs
+    stores = [open_store(path) for path in paths]
+    assert len({each.corpus.digest for each in stores}) == 1
+    assert (paths[0] / "corpus/corpus.json").samefile(paths[3] / "corpus/corpus.json")
+    for each in stores:
+        assert damages(each.path) == []
+        np.testing.assert_array_equal(sources(each), sources(stores[0]))
+    # One by itself takes the tokens of those beside it, and comes to the same bytes.
+    shutil.copytree(twin, tmp_path / "acts-layer1-p0.3-alone.zarr")
+    alone = replace(
+        config, layers=(1,), mask_p=(0.3,), out=tmp_path / "acts-layer1-p0.3-alone.zarr"
+    )
+    said: list[str] = []
+    harvest(replace(alone, tokens=4500, extend=True), say=said.append, show_progress=False)
+    assert any(line.startswith("tokens    those of") for line in said)
+    assert content(alone.out) == content(paths[3])
+
+
+def test_duplicates_of_earlier_records_are_found_and_text_that_is_too_short_changes_nothing(
+    lm: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(5)
+    first = [" ".join(rng.choice(["the", "dog", "word", "sea"], 40).tolist()) for _ in range(60)]
+    later = [" ".join(rng.choice(["lazy", "fox", "stone"], 40).tolist()) for _ in range(30)]
+    text = tmp_path / "text.jsonl"
+    documents = [*first, *first, "", *later]
+    text.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
+    config = config_for(lm, text, tmp_path / "acts.zarr", tokens=2000, heldout_tokens=100)
+    quiet(config)
+    before = content(config.out)
+    message = (
+        f"^Dataset '{text}' has text for ([0-9,]+) training rows, those that are there included, and "
+        rf"90,000 were asked for\. Store {config.out} is as it was\. Pass --tokens (\d+) or less "
+        r"\(the tokens are kept, so that this will be quick\)\.$"
+    )
+    with pytest.raises(InputError, match=message) as raised:
+        quiet(replace(config, tokens=90_000, extend=True))
+    after = content(config.out)
+    assert before == {name: data for name, data in after.items() if ".extending/" not in name}
+    fitting = int(str(raised.value).split("--tokens ")[1].split()[0])
+    quiet(replace(config, tokens=fitting, extend=True))
+    corpus = open_store(config.out).corpus
+    records = np.unique(corpus.train.documents(0, corpus.train.n_contexts))
+    assert not np.isin(records, np.arange(60, 121)).any()
+    assert (records > 120).any()
+    (counts,) = corpus.info["extensions"]
+    assert counts["left_out"] == {"duplicate": 60, "empty": 1}
+    whole = (
+        rf"^Dataset '{text}' holds no text for more than the {fitting:,} training rows that are "
+    )
+    with pytest.raises(InputError, match=whole + r"there\. Store .*acts\.zarr is as it was\.$"):
+        quiet(replace(config, tokens=90_000, extend=True))
+
+
+def test_the_rows_that_the_last_context_has_to_spare_need_no_text(
+    lm: Path, text: Path, copy: Path
+) -> None:
+    digest = Corpus(copy / "corpus").digest
+    spare = Corpus(copy / "corpus").train.n_rows
+    assert spare > BEFORE
+    quiet(config_for(lm, text, copy, tokens=spare, extend=True))
+    opened = open_store(copy)
+    assert opened.corpus.digest == digest
+    np.testing.assert_array_equal(sources(opened), expected_sources(opened, [BEFORE]))
+    assert damages(copy) == []
+
+
+def test_the_same_command_again_has_nothing_to_do(lm: Path, text: Path, grown: Path) -> None:
+    said: list[str] = []
+    for extend in (True, False):
+        config = config_for(lm, text, grown, tokens=AFTER, extend=extend)
+        harvest(config, say=said.append, show_progress=False)
+    assert said == [f"{grown} is complete: 9,000 rows of this recipe. Nothing to do."] * 2
+
+
+def test_a_dry_run_says_what_more_rows_will_take_and_writes_nothing(
+    lm: Path, text: Path, copy: Path
+) -> None:
+    before = content(copy)
+    said: list[str] = []
+    config = config_for(lm, text, copy, tokens=AFTER, extend=True)
+    harvest(config, say=said.append, show_progress=False, dry_run=True)
+    assert said[0] == (
+        "rows      3,000 training rows behind the 6,000 that are there, of 32 values in 1 store, "
+        "18 shards of 512 rows each"
+    )
+    assert len(said) == 4
+    assert content(copy) == before
+
+
+def test_a_store_that_was_opened_before_goes_on_with_its_rows(
+    lm: Path, text: Path, store: Path, copy: Path
+) -> None:
+    old, whole = open_store(copy), open_store(store)
+    quiet(config_for(lm, text, copy, tokens=AFTER, extend=True))
+    rows = slice(0, 11 * 512)  # of the shards that are the same files
+    np.testing.assert_array_equal(old.read(rows), whole.read(rows))
+    np.testing.assert_array_equal(old.source(slice(None)), whole.source(slice(None)))
+    np.testing.assert_array_equal(old.corpus.train.tokens(0, 5), whole.corpus.train.tokens(0, 5))
+    message = (
+        f"^Store {copy} was extended or repaired since it was opened, and shard 11 is another file "
+        r"now\. Open it again\.$"
+    )
+    with pytest.raises(StoreError, match=message):
+        old.read(slice(5990, 6000))
+
+
+def test_a_fit_goes_on_with_the_rows_that_it_was_begun_with_or_says_that_there_are_more(
+    lm: Path, text: Path, copy: Path, store: Path, tmp_path: Path
+) -> None:
+    config = FitConfig(arch="topk", k=4, d_sae=64, batch_size=256, device="cpu", tokens=2048)
+    fit(open_to_fit(copy, tmp_path / "run", follow=False, say=print), config, out=tmp_path / "run")
+    quiet(config_for(lm, text, copy, tokens=AFTER, extend=True))
+    message = (
+        f"^Run {tmp_path}/run was begun with the 6,000 rows that {copy} had before it was extended to "
+        r"9,000\. Pass another --out to fit from the store as it is\.$"
+    )
+    with pytest.raises(InputError, match=message):
+        open_to_fit(copy, tmp_path / "run", follow=False, say=print)
+    new = open_to_fit(copy, tmp_path / "new", follow=False, say=print)
+    fit(new, config, out=tmp_path / "new")
+    loader = new.batches(AFTER)
+    rows = loader.to_floats(next(iter(loader)))
+    loader.close()
+    np.testing.assert_allclose(rows.mean(0, dtype=np.float64), new.mean, rtol=1e-6, atol=1e-7)
+    # A fit that was begun while the store was being harvested has its rows pinned by their number.
+    assert open_prefix(copy, 5632, 0).n_rows == 5632
+    message = (
+        f"^Store {copy} had 6,000 train rows before it was extended, and its shard 11 holds more by "
+        r"now\. Pass another --out to fit from the store as it is\.$"
+    )
+    with pytest.raises(StoreError, match=message):
+        open_prefix(copy, 6000, 0)
+
+
+def test_parts_recodings_and_the_order_of_an_extended_store_are_those_of_any(
+    grown: Path, tmp_path: Path
+) -> None:
+    opened = open_store(grown)
+    pull(grown, tmp_path / "part.zarr", Part(rows=7000), say=lambda line: None)
+    part = open_store(tmp_path / "part.zarr")
+    np.testing.assert_array_equal(part.read(slice(None)), opened.read(slice(0, part.n_rows)))
+    assert damages(part.path) == []
+    recode(grown, tmp_path / "plain.zarr", "none", say=lambda line: None)
+    recoded = open_store(tmp_path / "plain.zarr")
+    np.testing.assert_array_equal(recoded.read(slice(None)), opened.read(slice(None)))
+    assert measure_shuffle(recoded)["failures"] == []
+    assert measure_shuffle(part)["failures"] == []
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_rows_made_extension_by_extension_are_those_of_the_whole_store_with_cuts(
+    counted: RowMap, data: st.DataObject
+) -> None:
+    n_rows = data.draw(st.integers(300, 2000), "rows")
+    sizes = {"chunk_rows": 16, "shard_rows": 64, "block_rows": 64 * data.draw(st.integers(1, 8))}
+    cuts = sorted(data.draw(st.sets(st.integers(1, n_rows - 1), max_size=4), "cuts"))
+    bounds = [0, *cuts, n_rows]
+
+    def rows_of(layout: Layout, number: int, first: int) -> list[NDArray[np.int64]]:
+        made = RowMap(
+            counted.table,
+            counted.rule,
+            counted.mask,
+            shuffle_seed=7,
+            counted_by=counted,
+            cuts=tuple(cuts[:number]),
+            first_row=first,
+        )
+        blocks = range(first // layout.block_rows, layout.n_blocks)
+        rows = [made.block(layout, block) for block in blocks]
+        assert all(each.part_ends[-1] == each.n_contexts for each in rows)
+        return [each.stored(each.source_R) for each in rows]
+
+    in_turn = [
+        part
+        for number, (first, last) in enumerate(itertools.pairwise(bounds))
+        for part in rows_of(Layout(n_rows=last, d_in=8, **sizes), number, first)
+    ]
+    at_once = rows_of(Layout(n_rows=n_rows, d_in=8, **sizes), len(cuts), 0)
+    np.testing.assert_array_equal(np.concatenate(in_turn), np.concatenate(at_once))
+    assert len(np.unique(np.concatenate(at_once))) == n_rows
