@@ -187,6 +187,13 @@ class LocalSource:
         """Nothing is under way."""
 
 
+def complete_manifest(place: Place) -> Manifest:
+    """The manifest of a complete store, with its own digest; StoreError where there is none."""
+    source = source_of(place)
+    source.close()
+    return source.manifest
+
+
 def source_of(place: Place) -> StoreSource:
     """The source that a place is; StoreError when no complete store is there."""
     if isinstance(place, Address):
