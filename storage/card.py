@@ -114,13 +114,19 @@ def _front_matter(manifest: Manifest) -> list[str]:
     """YAML that the Hub reads; every value is a number, of a fixed form, or a JSON string."""
     licence = manifest.get("licence")
     model = _at(manifest, "recipe", "model", "name")
-    lines = ["---", f"pretty_name: {json.dumps(_heading(manifest))}"]
+    lines = ["---", f"pretty_name: {_yaml_string(_heading(manifest))}"]
     lines.append(f"license: {licence}" if _is_licence(licence) else "# license: choose one")
     if isinstance(model, str) and licences.HUB_ID.fullmatch(model):
         lines.append(f"base_model: {json.dumps(model)}")
     lines += ["tags:", "- sparse-autoencoder", "- activations", "- sae-pipe"]
     n_rows = _number(manifest, "train", "layout", "n_rows")
     return [*lines, "size_categories:", f"- {size_category(n_rows)}", "viewer: false", "---"]
+
+
+def _yaml_string(text: str) -> str:
+    """A string of YAML that is no markup where the front matter is shown as Markdown."""
+    escaped = json.dumps(text)[1:-1]
+    return '"' + re.sub(r"[<>&`*\[\]|#]", lambda c: f"\\u{ord(c[0]):04x}", escaped) + '"'
 
 
 def size_category(n_rows: float) -> str:
@@ -135,7 +141,8 @@ def size_category(n_rows: float) -> str:
 def _heading(manifest: Manifest) -> str:
     recipe = manifest.get("recipe")
     model, hook, layer = (_at(recipe, *p) for p in (("model", "name"), ("hook",), ("layer",)))
-    place = "" if layer is None else f", layer {layer}, {hook}"
+    place = "" if layer is None else f", layer {layer}"
+    place += "" if hook is None else f", {hook}"
     return f"Activations of {model or 'an unnamed model'}{place}"[:_LONGEST]
 
 
@@ -177,7 +184,7 @@ def _content(manifest: Manifest) -> Pairs:
 
 def _of_hook(recipe: Any) -> str | None:
     layer, hook = _at(recipe, "layer"), _at(recipe, "hook")
-    return None if layer is None else f"{layer}, {hook}"
+    return None if layer is None else f"{layer}, {hook or 'not said'}"
 
 
 def _masking(recipe: Any) -> str | None:
@@ -243,16 +250,22 @@ def _reading(manifest: Manifest, where: str) -> list[str]:
 def _licences(manifest: Manifest) -> list[str]:
     recipe, licence = manifest.get("recipe"), manifest.get("licence")
     own = f"these rows: {licence}" if _is_licence(licence) else "these rows: not chosen yet"
-    model = _at(recipe, "model", "name")
+    stored = ", whose tokens are stored with the rows" if _at(manifest, "corpus", "digest") else ""
+    lines = [own, f"the model: {of_model(_at(recipe, 'model', 'name'))}"]
+    return lines + [f"the text{stored}: {known}" for known in of_texts(recipe)]
+
+
+def of_model(name: Any) -> str:
+    """What is known of a model's licence, and where to look, as Markdown."""
+    return _of(name, licences.of_model, "https://huggingface.co/")
+
+
+def of_texts(recipe: Any) -> list[str]:
+    """The same of each data set that the text of a store's recipe comes from."""
     parts = _at(recipe, "corpus", "source", "parts")
     names = [_at(part, "dataset") for part in parts[:3]] if isinstance(parts, list) else []
     texts = [name for name in names if isinstance(name, str)] or [None]
-    stored = ", whose tokens are stored with the rows" if _at(manifest, "corpus", "digest") else ""
-    lines = [own, f"the model: {_of(model, licences.of_model, 'https://huggingface.co/')}"]
-    for text in texts:
-        known = _of(text, licences.of_text, "https://huggingface.co/datasets/")
-        lines.append(f"the text{stored}: {known}")
-    return lines
+    return [_of(text, licences.of_text, "https://huggingface.co/datasets/") for text in texts]
 
 
 def _of(name: Any, known: Callable[[str], str | None], hub: str) -> str:

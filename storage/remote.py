@@ -51,6 +51,10 @@ class Refused(StoreError):
     """A file that came with other bytes than the manifest records, twice, or cannot be had."""
 
 
+class Unreachable(NetworkError):
+    """An address that does not answer, whatever is asked for."""
+
+
 class Link:
     """The files of a store at an address, by their names below it. Safe to use from threads.
 
@@ -292,8 +296,8 @@ class Link:
         since = f" for {lost_s:.0f} s" if lost_s >= 1 else ""
         self.say(f"No connection to {self.address}{since} ({reason(error)}). Trying again.")
 
-    def _given_up(self, seconds: float, error: Exception) -> NetworkError:
-        return NetworkError(
+    def _given_up(self, seconds: float, error: Exception) -> Unreachable:
+        return Unreachable(
             f"{self.address} could not be reached for {seconds:.0f} s ({reason(error)}). Look at "
             "the network and the address, then run the same command again: what is there is kept."
         )

@@ -73,7 +73,9 @@ def make_run(folder: Path, variant: str = "matryoshka", **changes: Any) -> Path:
         "n_rows": 2_000_000,
     }
     config["store"]["recipe"] |= {"mask": {"p": 0.3, "string": "..."}}
-    config["store"]["recipe"]["corpus"]["source"] = {"dataset": "owner/text", "revision": "c" * 40}
+    config["store"]["recipe"]["corpus"]["source"] = {
+        "parts": [{"dataset": "owner/text", "revision": "c" * 40}]
+    }
     config["provenance"] = {"command": "sae-pipe fit --store /home/someone/secret/acts.zarr"}
     write_json(folder / "config.json", config | changes)
     write_weights(sae, folder)
@@ -185,7 +187,7 @@ def test_the_card_says_what_it_is_how_it_was_made_and_how_to_load_it(
         'dictionary, config = load_dictionary(f"{place}/dictionary_learning", "cpu")',
         f"| store digest | {'ab' * 32} |",
         "| input masking | each token replaced by '\\.\\.\\.' with p \\= 0\\.3 |",
-        f"| text | owner/text {'c' * 40} |",
+        f"| text | owner/text at {'c' * 12} |",
         "| lr | 0\\.0004 |",
         "| explained variance | 0\\.8123 |",
         "| active latents a row \\(L0\\) | 5\\.25 |",
