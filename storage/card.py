@@ -264,8 +264,11 @@ def of_texts(recipe: Any) -> list[str]:
     """The same of each data set that the text of a store's recipe comes from."""
     parts = _at(recipe, "corpus", "source", "parts")
     names = [_at(part, "dataset") for part in parts[:3]] if isinstance(parts, list) else []
-    texts = [name for name in names if isinstance(name, str)] or [None]
-    return [_of(text, licences.of_text, "https://huggingface.co/datasets/") for text in texts]
+    named = [name for name in names if isinstance(name, str)]
+    hub = "https://huggingface.co/datasets/"
+    return [_of(name, licences.of_text, hub) for name in named] or [
+        _of(None, licences.of_text, hub)
+    ]
 
 
 def _of(name: Any, known: Callable[[str], str | None], hub: str) -> str:

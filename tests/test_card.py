@@ -32,6 +32,13 @@ def said_by(*arguments: str) -> str:
     return result.stdout
 
 
+def front_matter(text: str) -> dict[str, Any]:
+    """As the Hub's client reads it."""
+    data: Any = huggingface_hub.DatasetCard(text).data
+    found: dict[str, Any] = data.to_dict()
+    return found
+
+
 def quiet(line: str) -> None:
     """Nothing is printed."""
 
@@ -62,7 +69,7 @@ def test_a_harvested_store_has_a_card_of_what_its_manifest_says(store: Path) -> 
 def test_the_hub_reads_what_stands_on_top(store: Path) -> None:
     manifest = read_manifest(store) | {"licence": "cc-by-4.0"}
     manifest["recipe"]["model"]["name"] = "EleutherAI/pythia-160m"
-    data = huggingface_hub.DatasetCard(card(manifest)).data.to_dict()
+    data = front_matter(card(manifest))
     assert data == {
         "pretty_name": "Activations of EleutherAI/pythia-160m, layer 1, resid_post",
         "license": "cc-by-4.0",
@@ -71,7 +78,7 @@ def test_the_hub_reads_what_stands_on_top(store: Path) -> None:
         "size_categories": ["1K<n<10K"],
         "viewer": False,
     }
-    assert "license" not in huggingface_hub.DatasetCard(card(read_manifest(store))).data.to_dict()
+    assert "license" not in front_matter(card(read_manifest(store)))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +200,7 @@ def test_names_stay_text(store: Path) -> None:
     assert text.isascii() or all(c.isprintable() or c == "\n" for c in text)
     assert "<script>" not in text
     assert "](http" not in text
-    assert set(huggingface_hub.DatasetCard(text).data.to_dict()) == {
+    assert set(front_matter(text)) == {
         "pretty_name", "tags", "size_categories", "viewer"
     }  # fmt: skip
     headings = [line for line in text.splitlines() if line.startswith("#")]
@@ -230,7 +237,7 @@ def test_whatever_a_manifest_says_there_is_a_card(
     assert is_generated(text)
     assert all(c.isprintable() or c == "\n" for c in text)
     assert "<script>" not in text
-    data = huggingface_hub.DatasetCard(text).data.to_dict()
+    data = front_matter(text)
     assert data["tags"] == ["sparse-autoencoder", "activations", "sae-pipe"]
 
 
