@@ -201,6 +201,9 @@ def _making(manifest: Manifest) -> Pairs:
     versions = _at(made, "versions")
     named = versions.items() if isinstance(versions, dict) else ()
     imported = _at(recipe, "imported")
+    before = _at(
+        recipe, "recoded_from"
+    )  # otherwise the rows are those of a harvest with this codec
     given = f"{_at(imported, 'name')} ({_at(imported, 'kind')})" if imported else None
     return [
         ("computed in", _at(recipe, "dtype")),
@@ -209,9 +212,9 @@ def _making(manifest: Manifest) -> Pairs:
         ("masked rows left out", _at(recipe, "drop_masked")),
         ("duplicate documents", _at(recipe, "corpus", "config", "dedup")),
         ("imported from", given),
-        ("another codec of", _of_store(_at(made, "recoded"))),
+        ("rounded before as", before),
+        ("in the store", _of_store(_at(made, "recoded")) if before else None),
         ("a part of", _of_store(_at(made, "sampled"))),
-        ("rounded before as", _at(recipe, "recoded_from")),
         ("made with", ", ".join(f"{name} {version}" for name, version in named) or None),
     ]
 

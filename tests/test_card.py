@@ -92,9 +92,16 @@ def test_sizes_have_the_names_of_the_hub(rows: float, category: str) -> None:
 def test_copies_and_parts_say_of_what(store: Path, tmp_path: Path) -> None:
     given = open_store(store)
     recode(store, tmp_path / "copy.zarr", "compact", say=quiet)
+    recode(tmp_path / "copy.zarr", tmp_path / "again.zarr", "none", say=quiet)
     pull(store, tmp_path / "part.zarr", Part(rows=600), say=quiet)
     copy, part = ((tmp_path / name / README).read_text() for name in ("copy.zarr", "part.zarr"))
-    assert f"| another codec of | acts\\.zarr, digest {given.digest} |" in copy
+    again, digest = (
+        (tmp_path / "again.zarr" / README).read_text(),
+        open_store(tmp_path / "copy.zarr").digest,
+    )
+    assert "| rounded before as | compact\\:0\\.25 in bfloat16 |" in again
+    assert f"| in the store | copy\\.zarr, digest {digest} |" in again
+    assert "rounded before as" not in copy  # as a harvest with that codec would have it
     error = read_manifest(tmp_path / "copy.zarr")["encoding"]["error"]["relative"]
     assert f"; {error:.3g} of the variance is lost |".replace(".", "\\.", 1) in copy
     assert "zarr 3.1.6 or newer and numcodecs" in copy
