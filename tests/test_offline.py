@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,24 @@ def test_what_is_in_the_cache_is_read_without_the_network(
         again = open_store(url)
         np.testing.assert_array_equal(again.read([3000]), small_store.read([3000]))
         again.close()
+
+
+def test_batches_are_the_same_without_the_network(
+    small_store: ActivationStore, tmp_path: Path, port: int
+) -> None:
+    url = f"http://127.0.0.1:{port}/{small_store.path.name}"
+    found = []
+    for is_there in (True, False):
+        with (
+            web_server(small_store.path.parent, port, tmp_path / "log")
+            if is_there
+            else nullcontext()
+        ):
+            store = open_store(url)
+            with store.batches(512, seed=3) as batches:
+                found.append([batches.to_floats(next(batches)) for _ in range(10)])
+            store.close()
+    np.testing.assert_array_equal(*found)
 
 
 def test_an_address_that_never_answered_is_refused_as_before(port: int) -> None:
