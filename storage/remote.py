@@ -20,7 +20,7 @@ from .address import Address
 from .errors import InputError, NetworkError, SaePipeError, StoreError
 from .hub_commits import commit, create, in_commits
 from .interrupts import INTERRUPTED
-from .remote_errors import FORBIDDEN, GONE, LOST, NO_CREDENTIALS, kind_of, reason
+from .remote_errors import FORBIDDEN, GONE, LOST, NO_CREDENTIALS, is_by_choice, kind_of, reason
 from .unfinished import WaitEnded
 
 T = TypeVar("T")
@@ -261,6 +261,7 @@ class Link:
                 if kind != LOST:
                     raise self._refusal(kind, name, error) from error
                 patience = PATIENCE_S if self._has_answered else FIRST_PATIENCE_S
+                patience = 0.0 if is_by_choice(error) else patience
                 if time.monotonic() - begun > patience:
                     raise self._given_up(time.monotonic() - begun, error) from error
                 self._speak(error)

@@ -37,6 +37,11 @@ def kind_of(error: BaseException) -> int:
     return LOST if any(word in text for word in _LOST_WORDS) else OTHER
 
 
+def is_by_choice(error: BaseException) -> bool:
+    """Whether the user has cut the connection himself, by HF_HUB_OFFLINE: waiting brings nothing."""
+    return type(error).__name__ == "OfflineModeIsEnabled"
+
+
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind an error of any of the libraries."""
     response = getattr(error, "response", None)

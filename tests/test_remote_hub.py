@@ -72,6 +72,10 @@ def test_a_store_goes_to_the_hub_and_comes_back(
     assert read.returncode == 0, read.stderr
     rows = np.load(tmp_path / "rows.npy")
     np.testing.assert_array_equal(rows, small_store.read(slice(None)))
+    offline = hub | {"HF_HUB_OFFLINE": "1"}
+    read = run([sys.executable, "-c", _READ, ADDRESS, str(tmp_path / "again.npy")], offline)
+    assert read.stderr.startswith(f"{ADDRESS} does not answer. Going on with what the cache ")
+    np.testing.assert_array_equal(np.load(tmp_path / "again.npy"), rows)
     pulled = run([PROGRAM, "store", "pull", ADDRESS, str(tmp_path / "back.zarr")], hub)
     assert pulled.returncode == 0, pulled.stderr
     assert files_of(tmp_path / "back.zarr") == files_of(small_store.path)
