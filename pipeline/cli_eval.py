@@ -17,9 +17,9 @@ _ON, _BY, _RUN = "Judged on", "Judged by", "How it runs"
 @told_to_the_user
 def evaluate(
     runs: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
-            help="Run folders of fits, or folders of run folders.",
+            help="Run folders of fits, folders of run folders, or hf://USER/REPO.",
             metavar="RUN...",
             show_default=False,
         ),

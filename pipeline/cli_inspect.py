@@ -1,6 +1,5 @@
 """sae-pipe inspect"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,7 @@ from .errors import told_to_the_user
 
 @told_to_the_user
 def inspect(
-    run: Annotated[Path, typer.Argument(help="The run folder of a fit.")],
+    run: Annotated[str, typer.Argument(help="The run folder of a fit, or hf://USER/REPO.")],
     store: Annotated[
         str | None,
         typer.Option(
@@ -29,16 +28,20 @@ def inspect(
     ] = None,
 ) -> None:
     """Show the tokens in context on which latents of a fitted SAE fire most."""
+    from ..stages.hub_address import is_hub
     from ..stages.latents import top_activations
     from ..stages.sae import load_sae
+    from ..stages.sae.hub import run_folder
     from ..stages.sae.weights import read_config
     from ..storage import InputError, open_store
     from .show import show_latents
 
-    sae = load_sae(run)
+    folder = run_folder(run)
+    sae = load_sae(folder)
     if store is None:
-        recorded = read_config(run).get("store", {}).get("path")
-        if recorded is None:
+        recorded = read_config(folder).get("store", {}).get("path")
+        # What a stranger's SAE names is no path of this machine.
+        if recorded is None or (is_hub(run) and not is_hub(recorded)):
             raise InputError(f"{run} does not say which store it was fitted from. Pass --store.")
         store = str(recorded)
     opened = open_store(place(store), unfinished=True)

@@ -18,9 +18,9 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for the pages.")] = Path("report"),
     by: Annotated[str, typer.Option(help="Of the tables, as in `sae-pipe compare`.")] = BY,
     runs: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
-            help="A run folder, or a folder of them, where they are not where the results say; "
+            help="A run folder, a folder of them, or hf://USER/REPO, where they are not where the results say; "
             "several times for several."
         ),
     ] = None,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..storage.address import STORE_HELP, Place, place
+from .cli_store_card import register as register_card
 from .cli_store_copies import register as register_copies
 from .cli_store_ls import register as register_ls
 from .cli_store_repair import register as register_repair
@@ -18,6 +19,7 @@ register_ls(app)
 register_copies(app)
 register_repair(app)
 register_transfer(app)
+register_card(app)
 
 _PATH = Annotated[str, typer.Argument(help=STORE_HELP)]
 

@@ -44,18 +44,22 @@ def push(
             help="Where to, such as s3://bucket/acts.zarr or hf://datasets/USER/REPO/acts.zarr.",
         ),
     ],
+    private: Annotated[
+        bool,
+        typer.Option("--private", help="If a repository of the Hub is made now: for you alone."),
+    ] = False,
 ) -> None:
     """Send a store to an address, several files at once, its manifest last.
 
     Every file is compared with its digest before it is sent. The same command goes on with what was
-    interrupted, and sends only what is missing. Credentials are taken from the environment or the
-    profile files of the service.
+    interrupted, and sends only what is missing. A repository of the Hub that is not there is made.
+    Credentials are taken from the environment or the profile files of the service.
     """
     path, where = only_local(place(source), "A store is pushed from this machine"), place(target)
     if isinstance(where, Address):
         from ..storage.push import push as send
 
-        send(path, where, say=typer.echo, open_bar=open_bar_of("push"))
+        send(path, where, private=private, say=typer.echo, open_bar=open_bar_of("push"))
         return
     from ..storage.pull import pull as fetch
 

@@ -2,7 +2,8 @@
 
 The spool is a folder of the cache folder, named by the address; it is a store like any, so that the
 same command goes on with it after a kill, and what has arrived is not sent again (`storage/push.py`).
-The manifest is sent when the store is complete, and then the spool is removed.
+The manifest is sent when the store is complete, and then the spool is removed. A repository of the Hub
+that is not there is made for its owner alone: publishing is a decision of its own.
 """
 
 import hashlib
@@ -76,7 +77,7 @@ def harvest_anywhere(
             harvest(config, say=say, planned=planned, found=found)
         for path, address in job.addresses.items():
             if path not in held:
-                push(path, address, say=say, open_bar=open_bar)
+                push(path, address, private=True, say=say, open_bar=open_bar)
         shutil.rmtree(config.out.parent, ignore_errors=True)
     return [held.get(path, address) for path, address in job.addresses.items()]
 
@@ -119,7 +120,7 @@ class _Spooled:
         with ExitStack() as links:
             senders = []
             for path, address in self.addresses.items():
-                link = Link(address)
+                link = Link(address, private=True)
                 links.callback(link.end)
                 senders.append(_Sender(path, link, stopped))
             threads = [

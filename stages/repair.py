@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..storage import provenance, zarr_metadata
 from ..storage.builder import StoreBuilder, statistics_entry
+from ..storage.card import write_card
 from ..storage.corpus import CORPUS_JSON, Corpus
 from ..storage.errors import InputError, StoreError
 from ..storage.files import file_digest, fsync_folder, remove_leftovers, write_json, write_whole
@@ -319,6 +320,7 @@ class _Repair:
             "versions": provenance.versions(),
         }
         self.manifest["provenance"].setdefault("repairs", []).append(entry)
+        write_card(self.path, self.manifest)
         write_manifest(self.path, self.manifest)
 
     def _look_again(self, damages: list[Damage]) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..storage.card import of_model, of_texts, text_source
+from ..storage.licences import is_identifier
 from .sae.base import Sae
 from .sae.weights import describe_sae
 from .sae_formats import get_format
@@ -22,7 +24,6 @@ MARKER = (
 )
 _PUNCTUATION = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:@$^=])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,40}")
 _LONGEST = 300
 _METRICS = (
     ("explained_variance", "explained variance", ".4f"),
@@ -101,17 +102,16 @@ class Card:
         run, facts = self.facts.run, self.facts
         store = section(run, "store")
         recipe = section(store, "recipe")
-        corpus = section(recipe, "corpus")
         mask = section(recipe, "mask")
         rows = [
             ("model", facts.model),
             ("model revision", facts.model_revision),
             ("layer, hook point", f"{facts.layer}, {facts.hook}"),
             ("input masking", _masking(mask)),
-            ("activation store", store.get("name")),
+            ("activation store", store.get("path") or store.get("name")),
             ("store digest", store.get("digest")),
             ("rows", store.get("n_rows")),
-            ("text", _text_source(section(corpus, "source"))),
+            ("text", text_source(recipe)),
             ("context size", facts.context_size),
             ("imported", _imported(facts.imported)),
         ]
@@ -139,20 +139,19 @@ class Card:
         return found
 
     def _licence(self) -> list[str]:
-        source = _text_source(section(section(section(
-            section(self.facts.run, "store"), "recipe"), "corpus"), "source"))  # fmt: skip
+        recipe = section(section(self.facts.run, "store"), "recipe")
         chosen = escaped(self.licence) if self.licence else "not chosen yet: name one here"
         lines = [
-            f"- these weights: {chosen}",
-            f"- the model ({escaped(self.facts.model or 'unnamed')}): see where it is published",
-            f"- the text ({escaped(source or 'not said')}): see where it is published",
+            f"these weights: {chosen}",
+            f"the model: {of_model(self.facts.model)}",
+            *(f"the text: {of_text}" for of_text in of_texts(recipe)),
         ]
-        return ["## Licence", "\n".join(lines)]
+        return ["## Licence", "\n".join(f"- {line}" for line in lines)]
 
 
 def check_licence(licence: str | None) -> bool:
     """Whether it is spelt like an identifier of the Hub, such as apache-2.0."""
-    return licence is None or _LICENCE.fullmatch(licence) is not None
+    return licence is None or is_identifier(licence)
 
 
 def escaped(value: object) -> str:
@@ -184,17 +183,6 @@ def _masking(mask: Mapping[str, Any]) -> str | None:
     if type(p) not in (int, float):
         return None
     return "none" if p == 0 else f"each token replaced by {mask.get('string')!r} with p = {p:g}"
-
-
-def _text_source(source: Mapping[str, Any]) -> str | None:
-    dataset, parts = source.get("dataset"), source.get("parts")
-    if isinstance(dataset, str):
-        named = [dataset, source.get("subset"), source.get("revision")]
-        return " ".join(str(each) for each in named if each)
-    if isinstance(parts, list) and parts:
-        names = [str(each.get("name")) for each in parts if isinstance(each, dict)]
-        return f"{len(parts)} file(s): {', '.join(names[:5])}"
-    return None
 
 
 def _imported(imported: Mapping[str, Any]) -> str | None:

@@ -57,6 +57,8 @@ SCHEMES = {
     "http": Scheme(package="aiohttp", extra="http", credentials="~/.netrc", can_write=False),
 }  # fmt: skip
 
+HUB_KINDS = ("datasets", "models", "spaces")  # of repositories; without one it is a model's
+
 STORE_HELP = "A folder such as acts.zarr, or an address such as s3://bucket/acts.zarr."
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
@@ -85,6 +87,15 @@ class Address:
     def name(self) -> str:
         """The last part."""
         return self.url.rpartition("/")[2]
+
+    @property
+    def repository(self) -> "Address | None":
+        """The repository of the Hub that it lies in; None elsewhere, and in a bucket."""
+        kind, *parts = self.url.partition("://")[2].split("/")
+        if self.protocol != "hf" or kind == "buckets":
+            return None
+        names = [kind, *parts[:2]] if kind in HUB_KINDS else [kind, *parts[:1]]
+        return Address("hf://" + "/".join(names))
 
     def with_name(self, name: str) -> "Address":
         """The address of another store beside this one."""

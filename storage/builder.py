@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import provenance, zarr_metadata
+from .card import write_card
 from .codecs import Codec, codec_of, get_codec
 from .corpus import CORPUS_JSON, Corpus
 from .files import file_digest
@@ -220,6 +221,7 @@ class StoreBuilder:
         if measure is not None:
             self.manifest["shuffle"] = measure(ActivationStore(self.path, self.manifest))
         self.manifest["state"] = COMPLETE
+        write_card(self.path, self.manifest)
         write_manifest(self.path, self.manifest)
         # What nothing reads may stay: a worker that was given up for dead can add to it just now.
         shutil.rmtree(self.path / COMMITS, ignore_errors=True)

@@ -27,6 +27,7 @@ from .builder import (
     statistics_entry,
     vectors_of,
 )
+from .card import write_card
 from .corpus import Corpus
 from .errors import StoreError
 from .extending_writer import ExtendingWriter
@@ -277,6 +278,7 @@ def switch(path: Path) -> None:
             folders |= {target.parent, target.parent.parent}
         for each in sorted(folders):
             fsync_folder(each)
+        write_card(path, read_manifest(folder))
         os.replace(folder / MANIFEST, path / MANIFEST)
         fsync_folder(path)
     except OSError as error:

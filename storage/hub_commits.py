@@ -4,10 +4,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .address import HUB_KINDS
+
 F = TypeVar("F")
 
 # The Hub counts commits: a file each would soon be refused.
 FILES_A_COMMIT, BYTES_A_COMMIT = 64, 2_000_000_000
+_IS_THERE = 409  # the Hub's answer
 
 
 def in_commits(files: Sequence[tuple[F, int]]) -> Iterator[list[F]]:
@@ -43,10 +46,30 @@ def commit(system: Any, root: str, files: Sequence[tuple[Path | bytes, str]]) ->
         revision=where.revision,
         operations=[
             CommitOperationAdd(
-                path_in_repo=f"{where.path_in_repo}/{name}",
+                path_in_repo=f"{where.path_in_repo}/{name}".lstrip("/"),
                 path_or_fileobj=str(content) if isinstance(content, Path) else content,
             )
             for content, name in files
         ],
         commit_message=f"sae-pipe: {shown}",
     )
+
+
+def create(system: Any, root: str, *, private: bool) -> bool:
+    """Make the repository of a store; False when it is there already. private: of a new one."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    kind, *rest = root.split("/")
+    kind, rest = (kind, rest) if kind in HUB_KINDS else ("models", [kind, *rest])
+    try:
+        HfApi(endpoint=system.endpoint, token=system.token).create_repo(
+            "/".join(rest[:2]).partition("@")[0],
+            repo_type=kind.removesuffix("s"),
+            private=private or None,
+        )
+    except HfHubHTTPError as error:
+        if error.response is None or error.response.status_code != _IS_THERE:
+            raise
+        return False
+    return True

@@ -20,6 +20,7 @@ from . import zarr_metadata
 from .address import Place, described
 from .bar import Bar, OpenBar, no_bar
 from .builder import StoreBuilder, is_begun, statistics_entry
+from .card import write_card
 from .codecs import codec_of
 from .corpus import CORPUS_JSON
 from .disk import check_room, human_bytes
@@ -187,10 +188,14 @@ class _Pull:
         check_room(target, left)
         with open_bar(total, total - left) as bar:
             self._fetch(missing, bar)
+        # The card is made anew: nothing is fetched that no digest covers.
         if self._n_shards is None:
+            write_card(target, manifest)
             write_whole(target / MANIFEST, self._origin.data)
         else:
-            write_json(target / MANIFEST, self._manifest_of_part(manifest, self._n_shards))
+            part = self._manifest_of_part(manifest, self._n_shards)
+            write_card(target, part)
+            write_json(target / MANIFEST, part)
         (target / BEGUN).unlink(missing_ok=True)
 
     def _files(self) -> list[StoredFile]:

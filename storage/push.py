@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .address import Address
 from .bar import Bar, OpenBar, no_bar
+from .card import CARD_LIMIT_BYTES, README, card, is_generated, own_readme
 from .disk import human_bytes
 from .errors import InputError, NetworkError, StoreError
 from .files import disk_error, file_digest
@@ -31,17 +32,24 @@ FILES_AT_ONCE = 4
 Say = Callable[[str], object]
 
 
-def push(source: Path, address: Address, *, say: Say = print, open_bar: OpenBar = no_bar) -> None:
+def push(
+    source: Path,
+    address: Address,
+    *,
+    private: bool = False,
+    say: Say = print,
+    open_bar: OpenBar = no_bar,
+) -> None:
     """Send a complete store to an address, or go on with that.
 
-    Raises InputError where another store stands or nothing can be written, StoreError for a local
+    private: of a repository of the Hub that is made now: for its owner alone. Raises InputError where another store stands or nothing can be written, StoreError for a local
     store that is unfinished or damaged and for a service that says no, NetworkError when patience
     with a lost connection has ended.
     """
     check_can_write(address)
     local = LocalSource(source)
     files = stored_files(source, local.manifest)
-    link = Link(address)
+    link = Link(address, private=private)
     try:
         is_there = _same_is_there(link, local)
         job = Sending(link, source)
@@ -49,10 +57,12 @@ def push(source: Path, address: Address, *, say: Say = print, open_bar: OpenBar 
         total = sum(file.bytes for file in files)
         left = sum(file.bytes for file in missing)
         if is_there == local.data and not missing:
+            _send_card(link, local, say)
             say(f"{address} is complete: {len(files):,} files, as here. Nothing to do.")
             return
         with open_bar(total, total - left) as bar:
             job.send(missing, bar)
+        _send_card(link, local, say)
         link.put_bytes(local.data, MANIFEST)
         job.forget()
     finally:
@@ -84,6 +94,36 @@ def _same_is_there(link: Link, local: LocalSource) -> bytes | None:
             "is there first."
         )
     return data
+
+
+def _send_card(link: Link, local: LocalSource, say: Say) -> None:
+    """README.md to the store, and to the front page of a repository of the Hub.
+
+    Somebody's own README.md at the address stays, unless there is another here: the last push wins.
+    """
+    own = own_readme(local.place)
+    _send_readme(link, own or card(local.manifest).encode(), say)
+    repository = link.address.repository
+    if repository is not None and repository != link.address:
+        front = Link(repository)
+        try:
+            _send_readme(front, own or card(local.manifest, str(link.address)).encode(), say)
+        finally:
+            front.end()
+
+
+def _send_readme(link: Link, data: bytes, say: Say) -> None:
+    try:
+        there = link.read(README, 0, CARD_LIMIT_BYTES + 1)
+    except FileNotFoundError:
+        there = None
+    if there == data:
+        return
+    is_card = is_generated(data.decode(errors="replace"))
+    if there is not None and is_card and not is_generated(there.decode(errors="replace")):
+        say(f"{link.address}/{README} is somebody's own, and stays as it is.")
+        return
+    link.put_bytes(data, README)
 
 
 class Sending:

@@ -290,6 +290,8 @@ class _Recode:
                     part.run(bar)
             if self._request is not None:
                 builder.manifest["request"] = self._request
+            if (licence := self.store.manifest.get("licence")) is not None:
+                builder.manifest["licence"] = licence
             if (measured := self.store.manifest.get("shuffle")) is not None:
                 builder.finish(*writers, lambda _: measured)  # the order is the same
             else:

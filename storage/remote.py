@@ -16,10 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .address import Address, shown
+from .address import Address
 from .errors import InputError, NetworkError, SaePipeError, StoreError
-from .hub_commits import commit, in_commits
+from .hub_commits import commit, create, in_commits
 from .interrupts import INTERRUPTED
+from .remote_errors import FORBIDDEN, GONE, LOST, NO_CREDENTIALS, is_by_choice, kind_of, reason
 from .unfinished import WaitEnded
 
 T = TypeVar("T")
@@ -34,20 +35,6 @@ PATIENCE_S = 600.0
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 15.0
 _NEXT_WORD_S = 30.0
 _CONNECT_S, _SILENCE_S = 10.0, 30.0  # until a request counts as lost
-
-_GONE, _FORBIDDEN, _NO_CREDENTIALS, _LOST, _OTHER = range(5)
-# Errors of libraries that may not be installed, by name.
-_CREDENTIAL_ERRORS = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "ProfileNotFound",
-    "TokenRetrievalError",
-    "DefaultCredentialsError",
-    "RefreshError",
-    "ClientAuthenticationError",
-    "GatedRepoError",
-}
-_LOST_WORDS = ("connect", "timeout", "timedout", "endpoint", "incomplete", "payload", "protocol")
 
 
 def never() -> bool:
@@ -64,15 +51,20 @@ class Refused(StoreError):
     """A file that came with other bytes than the manifest records, twice, or cannot be had."""
 
 
+class Unreachable(NetworkError):
+    """An address that does not answer, whatever is asked for."""
+
+
 class Link:
     """The files of a store at an address, by their names below it. Safe to use from threads.
 
     say: told about lost connections; is_asked_to_end: whether waiting shall end (WaitEnded);
-    has_ranges: False once a server has sent a whole file where a part was asked for.
+    has_ranges: False once a server has sent a whole file where a part was asked for; private: of a
+    repository of the Hub that is made to write to it.
     """
 
-    def __init__(self, address: Address, say: Say = tell) -> None:
-        self.address, self.say = address, say
+    def __init__(self, address: Address, say: Say = tell, *, private: bool = False) -> None:
+        self.address, self.say, self._private = address, say, private
         self.is_asked_to_end: Callable[[], bool] = lambda: False
         self.has_ranges = True
         self._ended = threading.Event()
@@ -95,7 +87,7 @@ class Link:
                 f"installed. Run: pip install 'sae-pipe[{scheme.extra}]'."
             ) from error
         except (ValueError, OSError) as error:
-            raise self._refusal(_NO_CREDENTIALS, "", error) from error
+            raise self._refusal(NO_CREDENTIALS, "", error) from error
 
     def path(self, name: str) -> str:
         """What fsspec calls a file."""
@@ -217,7 +209,7 @@ class Link:
         `listing`). Raises StoreError when there is nothing to send to.
         """
         try:
-            self.try_until_it_works(files[0][1], lambda: self._put(files))
+            self._put_where_there_is_a_place(files)
             entries = [
                 self.try_until_it_works(name, lambda name=name: self._info(name))  # type: ignore[misc]
                 for _, name in files
@@ -235,6 +227,21 @@ class Link:
     def put_bytes(self, data: bytes, name: str) -> None:
         """Send a small file, which appears whole."""
         self.put([(data, name)])
+
+    def _put_where_there_is_a_place(self, files: Sequence[tuple[Path | bytes, str]]) -> None:
+        """Send; into a repository that is not there yet once that was made."""
+        try:
+            self.try_until_it_works(files[0][1], lambda: self._put(files))
+        except FileNotFoundError:
+            if not (self._commits and self.try_until_it_works("", self._create)):
+                raise
+            self.say(f"{self.address.repository} was not there, and has been made.")
+            self.try_until_it_works(files[0][1], lambda: self._put(files))
+
+    def _create(self) -> bool:
+        made = create(self._system, self.path(""), private=self._private)
+        self._system.invalidate_cache()  # it remembers what was not there
+        return made
 
     def _put(self, files: Sequence[tuple[Path | bytes, str]]) -> None:
         if self._commits:
@@ -263,12 +270,13 @@ class Link:
             except SaePipeError:
                 raise
             except Exception as error:
-                kind = _kind_of(error)
-                if kind == _GONE:
+                kind = kind_of(error)
+                if kind == GONE:
                     raise FileNotFoundError(name) from error
-                if kind != _LOST:
+                if kind != LOST:
                     raise self._refusal(kind, name, error) from error
                 patience = PATIENCE_S if self._has_answered else FIRST_PATIENCE_S
+                patience = 0.0 if is_by_choice(error) else patience
                 if time.monotonic() - begun > patience:
                     raise self._given_up(time.monotonic() - begun, error) from error
                 self._speak(error)
@@ -302,11 +310,11 @@ class Link:
             self._spoken_at = now
             lost_s = now - self._lost_at
         since = f" for {lost_s:.0f} s" if lost_s >= 1 else ""
-        self.say(f"No connection to {self.address}{since} ({_reason(error)}). Trying again.")
+        self.say(f"No connection to {self.address}{since} ({reason(error)}). Trying again.")
 
-    def _given_up(self, seconds: float, error: Exception) -> NetworkError:
-        return NetworkError(
-            f"{self.address} could not be reached for {seconds:.0f} s ({_reason(error)}). Look at "
+    def _given_up(self, seconds: float, error: Exception) -> Unreachable:
+        return Unreachable(
+            f"{self.address} could not be reached for {seconds:.0f} s ({reason(error)}). Look at "
             "the network and the address, then run the same command again: what is there is kept."
         )
 
@@ -314,18 +322,18 @@ class Link:
         what, credentials = self.path(name), self.address.scheme.credentials
         if not what.startswith("http"):
             what = f"{self.address.protocol}://{what}"
-        if kind == _NO_CREDENTIALS:
+        if kind == NO_CREDENTIALS:
             return StoreError(
-                f"{what} needs credentials, and there are none that work ({_reason(error)}). Set "
+                f"{what} needs credentials, and there are none that work ({reason(error)}). Set "
                 f"{credentials}."
             )
-        if kind == _FORBIDDEN:
+        if kind == FORBIDDEN:
             return StoreError(
-                f"{what} may not be read or written with these credentials ({_reason(error)}). "
+                f"{what} may not be read or written with these credentials ({reason(error)}). "
                 f"Look at the address, and at {credentials}."
             )
         return NetworkError(
-            f"{what} could not be read or written ({_reason(error)}). Look at the address and the "
+            f"{what} could not be read or written ({reason(error)}). Look at the address and the "
             "service, then run the same command again."
         )
 
@@ -357,46 +365,6 @@ def _options(protocol: str) -> dict[str, Any]:
     elif protocol == "hf":
         del options["use_listings_cache"]
     return options
-
-
-def _kind_of(error: BaseException) -> int:
-    """Whether something is gone, forbidden, lacks credentials, or the connection is lost."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    if names & _CREDENTIAL_ERRORS:
-        return _NO_CREDENTIALS
-    status = _status(error)
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return _GONE
-    if isinstance(error, PermissionError) or status in (401, 403, 407):
-        return _FORBIDDEN
-    if status is not None and (status in (408, 425, 429) or status >= 500):
-        return _LOST
-    if status is not None and status >= 400:
-        return _OTHER
-    if isinstance(error, OSError | TimeoutError):
-        return _LOST
-    text = " ".join(names).lower()
-    return _LOST if any(word in text for word in _LOST_WORDS) else _OTHER
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error of any of the libraries."""
-    response = getattr(error, "response", None)
-    found = [getattr(error, "status", None), getattr(response, "status_code", None)]
-    found.append(getattr(error, "status_code", None))
-    if isinstance(response, dict):  # botocore
-        found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
-    status = next((value for value in found if type(value) is int), None)
-    if status is None and error.__cause__ is not None and error.__cause__ is not error:
-        return _status(error.__cause__)
-    return status
-
-
-def _reason(error: BaseException) -> str:
-    """An error of a library in a few words, with nothing in it that could be a credential."""
-    text = shown(str(error).strip().partition("\n")[0]).rstrip(". ")
-    name = type(error).__name__
-    return f"{name}: {text[:200]}" if text else name
 
 
 def _version(entry: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """The files of a store at an address, by name to a checked file in the cache.
 
-manifest.json is read each time that a store is opened; everything else is fetched when it is first
-needed, and compared with the size and SHA-256 that are recorded of it. A file that came with other
+manifest.json is read each time that a store is opened, and noted in the cache: where the address does
+not answer, the store is opened as it was then. Everything else is fetched when it is first needed, and
+compared with the size and SHA-256 that are recorded of it. A file that came with other
 bytes is fetched once more, then refused by name; if the store was replaced meanwhile, that is what
 the error says.
 """
@@ -17,7 +18,8 @@ from pathlib import Path
 from .address import Address
 from .files import write_whole
 from .manifest import MANIFEST, Manifest
-from .remote import Link, Refused, Stopped, never
+from .remote import Link, Refused, Stopped, Unreachable, never
+from .seen import Seen
 from .shard_cache import Cache
 from .store_source import RemoteSource, sha256_of
 from .verify import Content, StoredFile, stored_files
@@ -30,7 +32,7 @@ def open_to_verify(address: Address) -> tuple[Path, Manifest, Content]:
 
     The content is read from the address, whatever the cache holds.
     """
-    files = RemoteFiles(Link(address), Cache.from_environment())
+    files = RemoteFiles(Link(address), Cache.from_environment(), may_be_offline=False)
     for name in (*files.manifest.get("files", {}),):
         with suppress(Refused):  # it is found with the others
             files.local(name)
@@ -43,10 +45,15 @@ def open_to_verify(address: Address) -> tuple[Path, Manifest, Content]:
 
 
 class RemoteFiles:
-    """The files of one store at an address: by name to a file in the cache. Safe in threads."""
+    """The files of one store at an address: by name to a file in the cache. Safe in threads.
 
-    def __init__(self, link: Link, cache: Cache) -> None:
-        self.link, self.cache, self.source = link, cache, RemoteSource(link)
+    may_be_offline: whether the manifest of an earlier time will do, where the address does not answer.
+    """
+
+    def __init__(self, link: Link, cache: Cache, *, may_be_offline: bool = True) -> None:
+        self.link, self.cache = link, cache
+        seen = Seen(cache, link.address)
+        self.source = _source_of(link, seen) if may_be_offline else RemoteSource(link)
         self.manifest, self.address = self.source.manifest, link.address
         # The digest leaves statistics and times out, so that alone it could not tell two apart.
         self.key = (
@@ -59,6 +66,8 @@ class RemoteFiles:
         if not _has(self.folder / MANIFEST, self.source.data):
             cache.make_room(len(self.source.data))
             write_whole(self.folder / MANIFEST, self.source.data)
+        if self.source.is_live:
+            seen.note(self.folder / MANIFEST, self.source.data)
 
     def _recorded(self) -> dict[str, StoredFile]:
         return {file.name: file for file in stored_files(self.folder, self.manifest)}
@@ -118,6 +127,24 @@ class RemoteFiles:
     def close(self) -> None:
         """End the requests."""
         self.link.end()
+
+
+def _source_of(link: Link, seen: "Seen") -> RemoteSource:
+    """The store at an address; where that does not answer, as the cache has its manifest."""
+    try:
+        return RemoteSource(link)
+    except Unreachable:
+        found = seen.manifest()
+        if found is None:
+            raise
+    data, when = found
+    source = RemoteSource(link, data)
+    link.say(
+        f"{link.address} does not answer. Going on with what the cache {seen.cache.root} holds of it: "
+        f"the store with the digest {source.manifest['digest']}, as it was seen there at {when}. "
+        "What is not in the cache cannot be read."
+    )
+    return source
 
 
 def _has(file: Path, data: bytes) -> bool:

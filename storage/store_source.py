@@ -68,6 +68,10 @@ def _manifest(link: Link) -> tuple[Manifest, bytes]:
         data = link.read_small(MANIFEST, MANIFEST_LIMIT_BYTES)
     except FileNotFoundError:
         raise link.no_store() from None
+    return _parsed(data, link)
+
+
+def _parsed(data: bytes, link: Link) -> tuple[Manifest, bytes]:
     value = parse_json(data, f"{link.address}/{MANIFEST}")
     return checked_manifest(value, link.address), data
 
@@ -91,11 +95,14 @@ def _checked(manifest: Manifest, place: Place, finish: str) -> Manifest:
 
 
 class RemoteSource:
-    """A store at an address."""
+    """A store at an address. data: its manifest of an earlier time; None asks for that of now.
 
-    def __init__(self, link: Link) -> None:
-        self.link, self.place = link, link.address
-        manifest, self.data = _manifest(link)
+    is_live: whether the address has answered.
+    """
+
+    def __init__(self, link: Link, data: bytes | None = None) -> None:
+        self.link, self.place, self.is_live = link, link.address, data is None
+        manifest, self.data = _manifest(link) if data is None else _parsed(data, link)
         self.manifest = _checked(
             manifest, self.place, "Finish it where it is written, and push it then."
         )
@@ -185,6 +192,13 @@ class LocalSource:
 
     def close(self) -> None:
         """Nothing is under way."""
+
+
+def complete_manifest(place: Place) -> Manifest:
+    """The manifest of a complete store, with its own digest; StoreError where there is none."""
+    source = source_of(place)
+    source.close()
+    return source.manifest
 
 
 def source_of(place: Place) -> StoreSource:

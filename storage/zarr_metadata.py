@@ -5,7 +5,7 @@ either: NaN for activations, -1 for sources. The root carries consolidated metad
 group does not stumble over manifest.json.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from .layout import Layout
 # The zarr.json of one array or group.
 Metadata = dict[str, Any]
 
+ROW, VALUE = "row", "d_in"  # names of dimensions
+
 # Of a shard's index and of vectors: uncompressed.
 _RAW_CODECS: list[dict[str, Any]] = [
     {"name": "bytes", "configuration": {"endian": "little"}},
@@ -25,9 +27,15 @@ _RAW_CODECS: list[dict[str, Any]] = [
 
 
 def array(
-    shape: list[int], chunk_shape: list[int], data_type: str, fill_value: Any, codecs: list[Any]
+    shape: list[int],
+    chunk_shape: list[int],
+    data_type: str,
+    fill_value: Any,
+    codecs: list[Any],
+    dimension_names: Sequence[str] | None = None,
 ) -> Metadata:
-    """An array on a regular grid of chunks."""
+    """An array on a regular grid of chunks. dimension_names: xarray opens no array without them."""
+    named = {} if dimension_names is None else {"dimension_names": list(dimension_names)}
     return {
         "zarr_format": 3,
         "node_type": "array",
@@ -38,6 +46,7 @@ def array(
         "fill_value": fill_value,
         "codecs": codecs,
         "attributes": {},
+        **named,
         "storage_transformers": [],
     }
 
@@ -55,22 +64,24 @@ def activations_array(layout: Layout, codec: Codec) -> Metadata:
         },
     }
     shard_shape = [layout.shard_rows, layout.d_in]
-    return array([layout.n_rows, layout.d_in], shard_shape, codec.container, "NaN", [sharding])
+    return array(
+        [layout.n_rows, layout.d_in], shard_shape, codec.container, "NaN", [sharding], (ROW, VALUE)
+    )
 
 
 def source_array(layout: Layout) -> Metadata:
     """int64 (n_rows,): context * context_size + position. One chunk a shard."""
-    return array([layout.n_rows], [layout.shard_rows], "int64", -1, PLAIN.zarr_codecs())
+    return array([layout.n_rows], [layout.shard_rows], "int64", -1, PLAIN.zarr_codecs(), (ROW,))
 
 
 def masked_array(layout: Layout) -> Metadata:
     """bool (n_rows,): whether the row's token was replaced. One chunk a shard."""
-    return array([layout.n_rows], [layout.shard_rows], "bool", False, PLAIN.zarr_codecs())
+    return array([layout.n_rows], [layout.shard_rows], "bool", False, PLAIN.zarr_codecs(), (ROW,))
 
 
 def vector_array(length: int) -> Metadata:
     """float64 (length,), one chunk."""
-    return array([length], [length], "float64", "NaN", _RAW_CODECS)
+    return array([length], [length], "float64", "NaN", _RAW_CODECS, (VALUE,))
 
 
 def group(members: Mapping[str, Metadata] | None = None) -> Metadata:

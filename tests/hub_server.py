@@ -1,5 +1,6 @@
 """The part of the Hugging Face Hub's HTTP interface that a push and a pull use, on this machine:
-hub_server.py PORT. One data set repository, someone/acts; files in memory, large ones through LFS.
+hub_server.py PORT. Data set repositories, of which someone/acts is there; files in memory, large ones
+through LFS. Repositories of `forbidden` cannot be made.
 
 The requests are those that huggingface_hub's own client makes. Requests without the token of the
 tests are refused, as for a private repository.
@@ -20,11 +21,11 @@ _LFS_FROM_BYTES = 1000
 Reply = web.StreamResponse
 
 
-class Hub:
+class Repository:
     """files: content by path; objects: LFS objects by SHA-256; commits: how many there were."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, name: str, url: str, *, private: bool) -> None:
+        self.name, self._url, self.private = name, url, private
         self.files: dict[str, bytes] = {}
         self.objects: dict[str, bytes] = {}
         self.commits = 0
@@ -60,7 +61,8 @@ class Hub:
     # --- requests ---
 
     async def about(self, request: web.Request) -> Reply:
-        return web.json_response({"id": REPO, "sha": self.head, "private": True, "tags": []})
+        about = {"id": self.name, "sha": self.head, "private": self.private, "tags": []}
+        return web.json_response(about)
 
     async def tree(self, request: web.Request) -> Reply:
         path = request.match_info.get("path", "")
@@ -106,7 +108,7 @@ class Hub:
         for each in (await request.json())["objects"]:
             answer = {"oid": each["oid"], "size": each["size"]}
             if each["oid"] not in self.objects:
-                href = f"{self._url}/lfs/{each['oid']}"
+                href = f"{self._url}/lfs/{self.name}/{each['oid']}"
                 answer["actions"] = {"upload": {"href": href, "header": {}}}
             objects.append(answer)
         return web.json_response({"transfer": "basic", "objects": objects})
@@ -127,7 +129,7 @@ class Hub:
             elif each["key"] == "lfsFile":
                 self.files[value["path"]] = self.objects[value["oid"]]
         self.commits += 1
-        url = f"{self._url}/datasets/{REPO}/commit/{self.head}"
+        url = f"{self._url}/datasets/{self.name}/commit/{self.head}"
         return web.json_response({"commitUrl": url, "commitOid": self.head, "success": True})
 
     async def resolve(self, request: web.Request) -> Reply:
@@ -144,13 +146,47 @@ class Hub:
         return web.Response(status=206, body=part, headers=headers)
 
 
+class Hub:
+    """repositories: those that are there, by name."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self.repositories = {REPO: Repository(REPO, url, private=True)}
+
+    async def create(self, request: web.Request) -> Reply:
+        asked = await request.json()
+        name = f"{asked['organization']}/{asked['name']}"
+        if asked["organization"] == "forbidden" or asked["type"] != "dataset":
+            return web.Response(status=403)
+        url = {"url": f"{self._url}/datasets/{name}"}
+        if name in self.repositories:
+            return web.json_response(url, status=409)
+        private = asked.get("private") is True or asked.get("visibility") == "private"
+        self.repositories[name] = Repository(name, self._url, private=private)
+        return web.json_response(url)
+
+    async def validate_yaml(self, request: web.Request) -> Reply:
+        return web.json_response({"errors": [], "warnings": []})
+
+    def of(self, method: str) -> Any:
+        """The handler of requests to a repository, by the name of its method."""
+
+        async def handler(request: web.Request) -> Reply:
+            name = f"{request.match_info['owner']}/{request.match_info['repo']}"
+            found = self.repositories.get(name.removesuffix(".git"))
+            if found is None:
+                return web.Response(status=404, headers={"X-Error-Code": "RepoNotFound"})
+            answer: Reply = await getattr(found, method)(request)
+            return answer
+
+        return handler
+
+
 @web.middleware
 async def only_with_token(request: web.Request, handler: Any) -> Reply:
     is_upload = request.path.startswith("/lfs/")
     if not is_upload and request.headers.get("Authorization") != f"Bearer {TOKEN}":
         return web.Response(status=401, headers={"X-Error-Code": "RepoNotFound"})
-    if not is_upload and REPO not in request.path:
-        return web.Response(status=404, headers={"X-Error-Code": "RepoNotFound"})
     answer: Reply = await handler(request)
     return answer
 
@@ -159,17 +195,25 @@ def main() -> None:
     port = int(sys.argv[1])
     hub = Hub(f"http://127.0.0.1:{port}")
     app = web.Application(middlewares=[only_with_token], client_max_size=1 << 30)
-    api = f"/api/datasets/{REPO}"
-    app.router.add_get(api, hub.about)
-    app.router.add_get(api + "/revision/{revision}", hub.about)
-    app.router.add_get(api + "/tree/{revision}", hub.tree)
-    app.router.add_get(api + "/tree/{revision}/{path:.*}", hub.tree)
-    app.router.add_post(api + "/paths-info/{revision}", hub.paths_info)
-    app.router.add_post(api + "/preupload/{revision}", hub.preupload)
-    app.router.add_post(api + "/commit/{revision}", hub.commit)
-    app.router.add_post(f"/datasets/{REPO}.git/info/lfs/objects/batch", hub.batch)
-    app.router.add_put("/lfs/{oid}", hub.put_object)
-    app.router.add_get(f"/datasets/{REPO}" + "/resolve/{revision}/{path:.*}", hub.resolve)
+    api, name = "/api/datasets/{owner}/{repo}", "{owner}/{repo}"
+    app.router.add_post("/api/repos/create", hub.create)
+    app.router.add_post("/api/validate-yaml", hub.validate_yaml)
+    for path, method in (
+        (api, "about"),
+        (api + "/revision/{revision}", "about"),
+        (api + "/tree/{revision}", "tree"),
+        (api + "/tree/{revision}/{path:.*}", "tree"),
+        (f"/datasets/{name}/resolve/{{revision}}/{{path:.*}}", "resolve"),
+    ):
+        app.router.add_get(path, hub.of(method))
+    for path, method in (
+        (api + "/paths-info/{revision}", "paths_info"),
+        (api + "/preupload/{revision}", "preupload"),
+        (api + "/commit/{revision}", "commit"),
+        (f"/datasets/{name}/info/lfs/objects/batch", "batch"),
+    ):
+        app.router.add_post(path, hub.of(method))
+    app.router.add_put(f"/lfs/{name}/{{oid}}", hub.of("put_object"))
     web.run_app(app, host="127.0.0.1", port=port, print=None)
 
 

@@ -28,6 +28,7 @@ from sae_pipe.stages.plan import Rates
 from sae_pipe.stages.repair import repair
 from sae_pipe.stages.row_map import KeepRule, RowMap
 from sae_pipe.storage import ActivationStore, InputError, StoreError, open_store
+from sae_pipe.storage.card import README, card
 from sae_pipe.storage.corpus import Corpus
 from sae_pipe.storage.counter import permutation, stream_key
 from sae_pipe.storage.layout import Layout
@@ -225,6 +226,12 @@ def test_the_manifest_says_how_the_store_came_to_be(store: Path, grown: Path) ->
     assert new["shuffle"]["rows"] == AFTER
     assert new["train"]["shards"][:11] == old["train"]["shards"][:11]
     assert new["heldout"] == old["heldout"]
+
+
+def test_the_card_is_that_of_the_store_as_it_is_now(grown: Path) -> None:
+    text = (grown / README).read_text()
+    assert text == card(read_manifest(grown))
+    assert f"| extended at row | {BEFORE} |" in text
 
 
 def test_extended_twice_a_store_can_still_be_verified_repaired_and_traced(

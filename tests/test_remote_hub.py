@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,10 @@ def test_a_store_goes_to_the_hub_and_comes_back(
     assert read.returncode == 0, read.stderr
     rows = np.load(tmp_path / "rows.npy")
     np.testing.assert_array_equal(rows, small_store.read(slice(None)))
+    offline = hub | {"HF_HUB_OFFLINE": "1"}
+    read = run([sys.executable, "-c", _READ, ADDRESS, str(tmp_path / "again.npy")], offline)
+    assert read.stderr.startswith(f"{ADDRESS} does not answer. Going on with what the cache ")
+    np.testing.assert_array_equal(np.load(tmp_path / "again.npy"), rows)
     pulled = run([PROGRAM, "store", "pull", ADDRESS, str(tmp_path / "back.zarr")], hub)
     assert pulled.returncode == 0, pulled.stderr
     assert files_of(tmp_path / "back.zarr") == files_of(small_store.path)
@@ -85,17 +90,46 @@ def test_a_store_goes_to_the_hub_and_comes_back(
         assert not file.is_file() or TOKEN.encode() not in file.read_bytes()
 
 
-def test_a_repository_that_is_not_there_or_is_not_ours_is_one_sentence(
+def test_a_repository_that_cannot_be_made_or_is_not_ours_is_one_sentence(
     hub: dict[str, str], small_store: ActivationStore
 ) -> None:
-    other = "hf://datasets/someone/else/small.zarr"
+    other = "hf://datasets/forbidden/acts/small.zarr"
     done = run([PROGRAM, "store", "push", str(small_store.path), other], hub)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"Error: {other} cannot be written: there is no")
+    assert done.stderr.splitlines()[-1].startswith(f"Error: {other} may not be read or written")
     done = run([PROGRAM, "store", "info", ADDRESS], hub | {"HF_TOKEN": "hf_wrong"})
     assert done.returncode == 2
     assert "hf_wrong" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+_FRONT = """
+import sys
+from huggingface_hub import DatasetCard, HfApi
+card = DatasetCard.load(sys.argv[1])
+print(HfApi().dataset_info(sys.argv[1]).private, card.data.license, card.data.tags, card.data.size_categories)
+print(card.text)
+"""
+
+
+def test_a_push_makes_the_repository_and_its_front_page(
+    hub: dict[str, str], small_store: ActivationStore, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(small_store.path, tmp_path / "copy.zarr"))
+    licensed = run([PROGRAM, "store", "card", str(copy), "--license", "cc-by-4.0"], hub)
+    assert licensed.returncode == 0, licensed.stderr
+    address = "hf://datasets/someone/new/small.zarr"
+    pushed = run([PROGRAM, "store", "push", str(copy), address, "--private"], hub)
+    assert pushed.returncode == 0, pushed.stderr
+    assert "hf://datasets/someone/new was not there, and has been made.\n" in pushed.stderr
+    found = run([sys.executable, "-c", _FRONT, "someone/new"], hub)
+    first, _, page = found.stdout.partition("\n")
+    tags = ["sparse-autoencoder", "activations", "sae-pipe"]
+    assert first == f"True cc-by-4.0 {tags} ['1K<n<10K']", found.stderr
+    assert f'store = open_store("{address}")' in page
+    pulled = run([PROGRAM, "store", "pull", address, str(tmp_path / "back.zarr")], hub)
+    assert pulled.returncode == 0, pulled.stderr
+    assert files_of(tmp_path / "back.zarr") == files_of(copy)
 
 
 @pytest.mark.usefixtures("no_hub")

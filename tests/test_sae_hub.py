@@ -73,7 +73,9 @@ def make_run(folder: Path, variant: str = "matryoshka", **changes: Any) -> Path:
         "n_rows": 2_000_000,
     }
     config["store"]["recipe"] |= {"mask": {"p": 0.3, "string": "..."}}
-    config["store"]["recipe"]["corpus"]["source"] = {"dataset": "owner/text", "revision": "c" * 40}
+    config["store"]["recipe"]["corpus"]["source"] = {
+        "parts": [{"dataset": "owner/text", "revision": "c" * 40}]
+    }
     config["provenance"] = {"command": "sae-pipe fit --store /home/someone/secret/acts.zarr"}
     write_json(folder / "config.json", config | changes)
     write_weights(sae, folder)
@@ -185,7 +187,7 @@ def test_the_card_says_what_it_is_how_it_was_made_and_how_to_load_it(
         'dictionary, config = load_dictionary(f"{place}/dictionary_learning", "cpu")',
         f"| store digest | {'ab' * 32} |",
         "| input masking | each token replaced by '\\.\\.\\.' with p \\= 0\\.3 |",
-        f"| text | owner/text {'c' * 40} |",
+        f"| text | owner/text at {'c' * 12} |",
         "| lr | 0\\.0004 |",
         "| explained variance | 0\\.8123 |",
         "| active latents a row \\(L0\\) | 5\\.25 |",
@@ -596,3 +598,51 @@ def test_the_command_line_talks_to_the_hub_that_the_environment_names(
     weights = "sae.safetensors"
     assert (tmp_path / "pulled" / weights).read_bytes() == (run / weights).read_bytes()
     shutil.rmtree(tmp_path / "home")
+
+
+def test_a_published_sae_is_judged_inspected_and_reported_on(
+    hub: type[LocalHub], store: Path, tmp_path: Path
+) -> None:
+    run, results = str(tmp_path / "run"), {}
+    small = ["--l0", "4", "--d-sae", "48", "--batch-size", "512", "--device", "cpu"]
+    judged = ["--metrics", "explained_variance,l0", "--no-baselines", "--store", str(store)]
+    assert (
+        CliRunner().invoke(app, ["fit", "--store", str(store), *small, "--out", run]).exit_code == 0
+    )
+    push(Path(run))
+    for name, given in (("here", run), ("there", PLACE)):
+        out = tmp_path / name
+        result = CliRunner().invoke(app, ["eval", given, *judged, "--out", str(out)])
+        assert result.exit_code == 0, result.stderr
+        results[name] = json.loads(next(out.glob("*.json")).read_text())
+        shown = CliRunner().invoke(app, ["inspect", given, "--store", str(store), "--count", "2"])
+        assert shown.exit_code == 0, shown.stderr
+        results[f"latents {name}"] = shown.stdout
+    values = [[m["values"] for m in results[name]["metrics"]] for name in ("here", "there")]
+    assert values[0] == values[1]
+    assert results["latents here"] == results["latents there"]
+    facts = results["there"]["run"]
+    assert (facts["name"], facts["store"]) == ("sae", None)
+    assert facts["path"] == f"{PLACE}@{hub.repos[REPO][-1][0]}"
+    pages = ["report", str(tmp_path / "there"), "--store", str(store), "--latents", "2"]
+    result = CliRunner().invoke(app, [*pages, "--out", str(tmp_path / "pages")])
+    assert result.exit_code == 0, result.stderr
+    assert list((tmp_path / "pages").rglob("*sae*.html"))
+    shutil.rmtree(tmp_path / "there")
+    result = CliRunner().invoke(app, ["inspect", PLACE])
+    assert result.stderr == (
+        f"Error: {PLACE} does not say which store it was fitted from. Pass --store.\n"
+    )
+
+
+def test_a_store_on_the_hub_is_named_by_the_published_sae(hub: type[LocalHub], run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["store"]["path"] = "hf://datasets/someone/acts/acts.zarr"
+    (run / "config.json").write_text(json.dumps(config))
+    push(run)
+    files = files_of(hub)
+    assert json.loads(files["config.json"])["store"]["path"] == config["store"]["path"]
+    assert (
+        "| activation store | hf\\://datasets/someone/acts/acts\\.zarr |"
+        in files["README.md"].decode()
+    )

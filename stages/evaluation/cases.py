@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ...storage.errors import InputError, SaePipeError, StoreError
+from ..hub_address import is_hub, parse_hub
 from ..metrics import METRICS, get_metric
 from ..metrics.base import MetricResult
+from ..sae.hub import pinned_run
 from ..sae.weights import is_run_config, load_config
 from .baselines import MEAN, baseline_facts, make_baseline
 from .judged import Judged, JudgedSae, load_judged, read_facts
@@ -122,7 +124,7 @@ class Case:
 
 
 class RunCase(Case):
-    """A run folder."""
+    """A fitted SAE. run: its folder, of one of the Hub that in the Hub's cache."""
 
     def __init__(self, run: Path, facts: Mapping[str, Any], out: Path, seed: int) -> None:
         self.run = run
@@ -158,13 +160,35 @@ class BaselineCase(Case):
             self.error = self.parent.error
 
 
-def find_runs(places: Sequence[Path]) -> list[Path]:
-    """The run folders that are given, and those in given folders of a sweep, in order of names.
+@dataclass(frozen=True, kw_only=True)
+class FoundRun:
+    """Where a fitted SAE lies. address: with its commit, of one on the Hub."""
 
-    Raises InputError for a place that is not there or holds no run.
+    folder: Path
+    address: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder's, or the repository's with the folder in it."""
+        if self.address is None:
+            return self.folder.resolve().name
+        place = parse_hub(self.address)
+        return "-".join([place.repo.rpartition("/")[2], *place.folder.split("/")]).rstrip("-")
+
+
+def find_runs(places: Sequence[str | Path]) -> list[FoundRun]:
+    """The runs that are given, and those in given folders of a sweep, in order of names.
+
+    Of hf://USER/REPO the SAE is fetched. Raises InputError for a place that is not there or holds
+    no run, NetworkError.
     """
-    found: dict[Path, Path] = {}
-    for place in places:
+    found: dict[Path, FoundRun] = {}
+    for given in places:
+        if is_hub(given):
+            folder, address = pinned_run(str(given))
+            found.setdefault(folder.resolve(), FoundRun(folder=folder, address=address))
+            continue
+        place = Path(given)
         inside = [place] if _is_run(place) else []
         if not inside and place.is_dir():
             inside = [each for each in sorted(place.iterdir()) if _is_run(each)]
@@ -175,7 +199,7 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
                 "such folders."
             )
         for run in inside:
-            found.setdefault(run.resolve(), run)
+            found.setdefault(run.resolve(), FoundRun(folder=run))
     return list(found.values())
 
 
@@ -188,12 +212,16 @@ def _is_run(place: Path) -> bool:
         return True
 
 
-def run_facts(run: Path) -> dict[str, Any]:
+def run_facts(run: FoundRun) -> dict[str, Any]:
     """The facts of a finished run. Raises StoreError."""
-    facts = read_facts(run)
+    facts = read_facts(run.folder) | {"name": run.name}
+    if run.address is not None:
+        facts["path"] = run.address
+        if not is_hub(facts["store"]):  # what a stranger's SAE names is no path of this machine
+            facts["store"] = None
     if facts["sae_sha256"] is None:
         raise StoreError(
-            f"Run {run} has no weights: the fit is not finished. "
+            f"Run {run.folder} has no weights: the fit is not finished. "
             "Run the same `sae-pipe fit` command again to finish it."
         )
     return facts

@@ -94,7 +94,7 @@ def evaluate_runs(
     say: Say = print,
     show_progress: bool = True,
 ) -> list[Outcome]:
-    """Judge run folders (or all runs in a sweep's folder); results are written to `config.out`.
+    """Judge run folders (all runs in a sweep's folder, hf://USER/REPO); results are written to `config.out`.
 
     A run that fails does not stop the others: its outcome has the error, which is not a SaePipeError
     where it is a mistake of ours. Raises InputError, before
@@ -103,7 +103,7 @@ def evaluate_runs(
     _check_sizes(config)
     evaluation = _Evaluation(config, say, show=show_progress)
     with sole_writer(config.out, "Results folder"):
-        evaluation.look_at([Path(run) for run in runs])
+        evaluation.look_at(runs)
         evaluation.run()
     return evaluation.outcomes()
 
@@ -149,7 +149,7 @@ class _Evaluation:
 
     # --- what there is ---
 
-    def look_at(self, places: Sequence[Path]) -> None:
+    def look_at(self, places: Sequence[str | Path]) -> None:
         """Find runs and sources; InputError where they do not fit."""
         for run in find_runs(places):
             try:
@@ -157,7 +157,7 @@ class _Evaluation:
             except SaePipeError as error:
                 self.failed.append(Outcome(name=run.name, result=None, error=error))
                 continue
-            self.runs.append(RunCase(run, facts, self.config.out, self.config.seed))
+            self.runs.append(RunCase(run.folder, facts, self.config.out, self.config.seed))
         self._check_evalsets()
         if self.config.baselines:
             self.baselines = self._find_baselines()

@@ -20,7 +20,7 @@ def write_report(
     out: Path,
     *,
     by: Sequence[str] = BY,
-    runs: Sequence[Path] = (),
+    runs: Sequence[str | Path] = (),
     store: Place | None = None,
     options: Options | None = None,
     say: Say = lambda line: None,

@@ -13,6 +13,7 @@ from ...storage.files import file_digest
 from ..compare.choose import Judgement
 from ..latents import Survey, survey_latents
 from ..sae import load_sae
+from ..sae.hub import run_folder
 
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
 _MOST_NAMED = 24  # latents that absorption names, beside the spread
@@ -53,13 +54,14 @@ class Surveyed:
     roles: Mapping[int, list[str]] = field(default_factory=dict)
 
 
-def folders_by_digest(places: Sequence[Path]) -> dict[str, Path]:
-    """Run folders by the SHA-256 of their weights. places: run folders, or folders of run folders.
+def folders_by_digest(places: Sequence[str | Path]) -> dict[str, Path]:
+    """Run folders by the SHA-256 of their weights. places: run folders, folders of run folders, or
+    hf://USER/REPO.
 
     InputError where there is none.
     """
     found: dict[str, Path] = {}
-    for given in places:
+    for given in map(run_folder, places):
         folders = [given] if (given / CONFIG).is_file() else sorted(given.glob("*/"))
         folders = [
             each for each in folders if (each / CONFIG).is_file() and (each / WEIGHTS).is_file()
@@ -111,7 +113,7 @@ class Saes:
         digest = str(run.facts.get("sae_sha256"))
         if digest in self._folders:
             return self._folders[digest]
-        folder = Path(str(run.facts.get("path")))
+        folder = run_folder(str(run.facts.get("path")))
         if not (folder / WEIGHTS).is_file():
             raise InputError(
                 f"Its run folder {folder} is not there. Pass where it is now as --runs."

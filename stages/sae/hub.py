@@ -19,11 +19,15 @@ def run_folder(run: str | Path) -> Path:
     Of a repository config.json and sae.safetensors are fetched and nothing else, the weights only
     when they are as long as the config asks for. Raises InputError, NetworkError, StoreError.
     """
-    if not isinstance(run, str) or not is_hub(run):
-        return Path(run)
+    return Path(run) if not is_hub(run) else pinned_run(str(run))[0]
+
+
+def pinned_run(address: str) -> tuple[Path, str]:
+    """The run folder that an address of the Hub holds, and the address with its commit."""
     from ..hub_repo import open_repository  # here: the Hub's client takes a while to import
 
-    return fetch_run(open_repository(parse_hub(run)))
+    repository = open_repository(parse_hub(address))
+    return fetch_run(repository), repository.pinned
 
 
 def fetch_run(repository: Repository) -> Path:

@@ -90,9 +90,14 @@ def facts_of(config: Mapping[str, Any]) -> Facts:
 
 
 def portable(config: Mapping[str, Any]) -> Json:
-    """A run's config without paths, flags and command line of the machine it was fitted on."""
+    """A run's config without paths, flags and command line of the machine it was fitted on.
+
+    A store on the Hub keeps its address: there others find it, too.
+    """
     kept = copy.deepcopy(dict(config))
-    section(kept, "store").pop("path", None)
+    store = section(kept, "store")
+    if not str(store.get("path")).startswith(SCHEME):
+        store.pop("path", None)
     section(kept, "provenance").pop("command", None)
     kept.pop("free", None)
     if "imported" in kept:
