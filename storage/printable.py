@@ -1,6 +1,5 @@
-"""Text from files as it may be shown: a name must not move a cursor or colour a terminal."""
+"""The former name of `shown`."""
 
+from .shown import shown as printable
 
-def printable(text: str) -> str:
-    """The text with control characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+__all__ = ["printable"]
