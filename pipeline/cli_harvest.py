@@ -14,6 +14,7 @@ from ..storage.address import Address, place
 from ..storage.codecs import CODECS
 from ..storage.values import VALUE_TYPES
 from .errors import told_to_the_user
+from .say import say
 
 _MODEL, _TEXT, _ROWS, _RUN = "What is hooked", "Text", "Rows and masking", "How it runs"
 
@@ -219,9 +220,7 @@ def harvest(
     from ..stages.harvest_remote import harvest_anywhere
     from .cli_store_transfer import open_bar_of
 
-    harvest_anywhere(
-        harvest_config(flags), say=typer.echo, dry_run=dry_run, open_bar=open_bar_of("push")
-    )
+    harvest_anywhere(harvest_config(flags), say=say, dry_run=dry_run, open_bar=open_bar_of("push"))
 
 
 def harvest_config(flags: Mapping[str, Any]) -> HarvestConfig:

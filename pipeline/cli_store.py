@@ -11,6 +11,7 @@ from .cli_store_repair import register as register_repair
 from .cli_store_repair import verify_files
 from .cli_store_transfer import register as register_transfer
 from .errors import told_to_the_user
+from .say import say
 
 app = typer.Typer(help="Look at an activation store, check it.", no_args_is_help=True)
 register_copies(app)
@@ -38,7 +39,7 @@ def info(
     if as_json:
         typer.echo(json.dumps(manifest, indent=1))
     else:
-        typer.echo(show_pairs(describe(where, manifest)))
+        say(show_pairs(describe(where, manifest)))
 
 
 @app.command()
@@ -69,7 +70,7 @@ def verify(
 
     if batch_size is not None or as_json:
         raise InputError("--batch-size and --json belong to --shuffle. Add it, or leave them out.")
-    typer.echo(verify_files(place(path)))
+    say(verify_files(place(path)))
 
 
 def _verify_shuffle(path: Place, batch_size: int | None, as_json: bool) -> None:
@@ -82,7 +83,7 @@ def _verify_shuffle(path: Place, batch_size: int | None, as_json: bool) -> None:
     store = open_store(path)
     with progress(positions_to_read(store), "shuffle", "positions") as bar:
         measured = measure_shuffle(store, batch_size=batch_size, advance=bar.update)
-    typer.echo(json.dumps(measured, indent=1) if as_json else show_pairs(report(path, measured)))
+    say(json.dumps(measured, indent=1) if as_json else show_pairs(report(path, measured)))
     if measured["failures"]:
         raise StoreError(
             f"Store {path} is not shuffled: {'; '.join(measured['failures'])}. "

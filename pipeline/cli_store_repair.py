@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from ..storage.address import Address, Place, only_local, place
-from ..storage.printable import printable
+from ..storage.shown import shown
 from .errors import told_to_the_user
+from .say import say
 from .tables import table
 
 
@@ -41,7 +42,7 @@ def repair(
     from ..stages.repair import repair as run
 
     folder = only_local(place(path), "A store is repaired where it stands")
-    run(folder, model=model, device=device, say=typer.echo)
+    run(folder, model=model, device=device, say=say)
 
 
 @told_to_the_user
@@ -56,12 +57,12 @@ def list_stores(
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     elif not found:
-        typer.echo(f"There are no stores in {folder}.")
+        say(f"There are no stores in {folder}.")
     else:
-        typer.echo(table(HEADER, [[printable(c) for c in as_cells(entry)] for entry in found]))
-        damaged = [printable(entry["error"]) for entry in found if "error" in entry]
+        say(table(HEADER, [[shown(c) for c in as_cells(entry)] for entry in found]))
+        damaged = [shown(entry["error"]) for entry in found if "error" in entry]
         if damaged:
-            typer.echo("\n" + "\n".join(damaged))
+            say("\n" + "\n".join(damaged))
 
 
 def verify_files(path: Place) -> str:
@@ -90,7 +91,7 @@ def verify_files(path: Place) -> str:
     seconds = time.perf_counter() - begun
     if damages:
         header = ("file", "what is wrong")
-        typer.echo(table(header, [(d.file.name, d.what) for d in damages], right=False))
+        say(table(header, [(d.file.name, d.what) for d in damages], right=False))
         raise StoreError(
             f"Store {path} is damaged: {len(damages)} of {len(files)} files. "
             f"{advice(path, manifest, damages)}"

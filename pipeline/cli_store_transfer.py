@@ -9,6 +9,7 @@ import typer
 
 from ..storage.address import STORE_HELP, Address, only_local, place
 from .errors import told_to_the_user
+from .say import say
 
 _POWERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
@@ -55,11 +56,11 @@ def push(
     if isinstance(where, Address):
         from ..storage.push import push as send
 
-        send(path, where, say=typer.echo, open_bar=open_bar_of("push"))
+        send(path, where, say=say, open_bar=open_bar_of("push"))
         return
     from ..storage.pull import pull as fetch
 
-    fetch(path, where, say=typer.echo, open_bar=open_bar_of("push"))
+    fetch(path, where, say=say, open_bar=open_bar_of("push"))
 
 
 @told_to_the_user
@@ -94,7 +95,7 @@ def pull(
             f"A store is pulled into a folder, and {into} is an address. Pass a folder, or use "
             "`sae-pipe store push` to send a store there."
         )
-    fetch(place(source), Path(into), part, say=typer.echo, open_bar=open_bar_of("pull"))
+    fetch(place(source), Path(into), part, say=say, open_bar=open_bar_of("pull"))
 
 
 def whole_rows(text: str) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..storage import provenance
 from ..storage.errors import InputError, StoreError
 from ..storage.files import disk_error, is_leftover, remove_leftovers, write_json, write_whole
-from .plain_json import parse_plain_json
+from ..storage.plain_json import parse_plain_json
 from .sae.weights import (
     FORMAT,
     FORMAT_VERSION,

@@ -125,17 +125,22 @@ def decode_chunk(file: Path, sizes: Sizes, name: str) -> NDArray[Any]:
     expected = int(np.prod(shape)) * dtype.itemsize
     if file.stat().st_size > zstd_limit(expected):
         raise ValueError("it is larger than its chunk can be")
-    frame = checked_frame(memoryview(file.read_bytes()))
+    data = unpacked(checked_frame(memoryview(file.read_bytes())), expected)
+    return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+
+
+def unpacked(frame: memoryview, n_bytes: int) -> bytes:
+    """What a zstd frame holds; ValueError, before memory is taken, unless that is n_bytes."""
     try:
         found = zstandard.frame_content_size(frame)
-        if found != expected:
-            raise ValueError(f"it holds {found:,} bytes instead of {expected:,}")
-        data = zstandard.ZstdDecompressor().decompress(frame, max_output_size=expected)
+        if found != n_bytes:
+            raise ValueError(f"it holds {found:,} bytes instead of {n_bytes:,}")
+        data = zstandard.ZstdDecompressor().decompress(frame, max_output_size=n_bytes)
     except zstandard.ZstdError as error:
         raise ValueError(f"it is not a zstd frame ({error})") from error
-    if len(data) != expected:
-        raise ValueError(f"it holds {len(data):,} bytes instead of {expected:,}")
-    return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+    if len(data) != n_bytes:
+        raise ValueError(f"it holds {len(data):,} bytes instead of {n_bytes:,}")
+    return data
 
 
 def zstd_limit(n_bytes: int) -> int:

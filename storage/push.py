@@ -19,7 +19,7 @@ from .address import Address
 from .bar import Bar, OpenBar, no_bar
 from .disk import human_bytes
 from .errors import InputError, NetworkError, StoreError
-from .files import disk_error, file_digest
+from .files import disk_error, file_digest, plain_size
 from .manifest import MANIFEST, MANIFEST_LIMIT_BYTES, checked_manifest, parse_json
 from .remote import Link
 from .shard_cache import Cache
@@ -144,6 +144,7 @@ class Sending:
 
     def _check(self, file: StoredFile) -> None:
         try:
+            plain_size(self._root, file.name)
             is_same = file_digest(self._root / file.name) == file.sha256
         except OSError as error:
             raise StoreError(

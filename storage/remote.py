@@ -20,6 +20,7 @@ from .address import Address, shown
 from .errors import InputError, NetworkError, SaePipeError, StoreError
 from .hub_commits import commit, in_commits
 from .interrupts import INTERRUPTED
+from .shown import shown as as_text
 from .unfinished import WaitEnded
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ def never() -> bool:
 
 def tell(line: str) -> None:
     """Say a line to the user, beside what a command prints."""
-    print(line, file=sys.stderr)
+    print(as_text(line), file=sys.stderr)
 
 
 class Refused(StoreError):

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from .address import Address, Place
 from .errors import StoreError
+from .files import plain_size, read_plain
 from .manifest import (
     COMPLETE,
     MANIFEST,
@@ -161,14 +162,16 @@ class LocalSource:
         manifest = read_manifest(path)
         finish = f"Run the `sae-pipe {began_by(manifest)}` command that began it once more."
         self.manifest = _checked(manifest, path, finish)
-        self.data = (path / MANIFEST).read_bytes()
+        self.data = read_plain(path, MANIFEST, MANIFEST_LIMIT_BYTES)
 
     def download(self, record: StoredFile, part: int, is_stopped: Stopped = never) -> None:
         """Copy a file to a descriptor, its bytes checked."""
         digest, place = hashlib.sha256(), 0
         try:
+            if plain_size(self.place, record.name) != record.bytes:
+                raise self._refused(record, "has another size than the manifest records")
             with (self.place / record.name).open("rb", buffering=0) as file:
-                while data := file.read(_COPY_BYTES):
+                while place < record.bytes and (data := file.read(_COPY_BYTES)):
                     digest.update(data)
                     write_at(part, data, place)
                     place += len(data)

@@ -5,6 +5,7 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sae_pipe.storage.shown import shown, shown_in_markdown, shown_lines
 
 HOSTILE = [

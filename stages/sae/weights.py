@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...storage.errors import StoreError
 from ...storage.files import write_json, write_whole
-from ..plain_json import parse_plain_json
+from ...storage.plain_json import parse_plain_json
 from . import ARCHITECTURES, get_architecture
 from .base import Sae
 

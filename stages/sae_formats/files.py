@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...storage.errors import InputError
-from ..plain_json import parse_plain_json
+from ...storage.plain_json import parse_plain_json
 from ..sae.weights import CONFIG_LIMIT_BYTES
 
 Shapes = Mapping[str, tuple[int, ...]]
