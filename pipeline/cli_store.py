@@ -9,6 +9,8 @@ from ..storage.address import STORE_HELP, Place, place
 from .cli_store_copies import register as register_copies
 from .cli_store_repair import register as register_repair
 from .cli_store_repair import verify_files
+from .cli_store_sign import KEY_HELP
+from .cli_store_sign import register as register_sign
 from .cli_store_transfer import register as register_transfer
 from .errors import told_to_the_user
 from .say import say
@@ -17,6 +19,7 @@ app = typer.Typer(help="Look at an activation store, check it.", no_args_is_help
 register_copies(app)
 register_repair(app)
 register_transfer(app)
+register_sign(app)
 
 _PATH = Annotated[str, typer.Argument(help=STORE_HELP)]
 
@@ -57,20 +60,23 @@ def verify(
     as_json: Annotated[
         bool, typer.Option("--json", help="With --shuffle: print the numbers as JSON.")
     ] = False,
+    key: Annotated[str | None, typer.Option(help=KEY_HELP)] = None,
 ) -> None:
     """Read every file of a store and compare it with its recorded digest.
 
     With --shuffle: measure on the source of every row that each is there once and that the order is
     shuffled; docs/numbers.md says how.
     """
+    from ..storage import InputError
+
+    if shuffle and key is not None:
+        raise InputError("--key is for the files of a store. Leave --shuffle out.")
     if shuffle:
         _verify_shuffle(place(path), batch_size, as_json)
         return
-    from ..storage import InputError
-
     if batch_size is not None or as_json:
         raise InputError("--batch-size and --json belong to --shuffle. Add it, or leave them out.")
-    say(verify_files(place(path)))
+    say(verify_files(place(path), key))
 
 
 def _verify_shuffle(path: Place, batch_size: int | None, as_json: bool) -> None:

@@ -65,14 +65,16 @@ def list_stores(
             say("\n" + "\n".join(damaged))
 
 
-def verify_files(path: Place) -> str:
+def verify_files(path: Place, key: str | None = None) -> str:
     """Compare every file with its digest; returns a line that says that all is well.
 
-    Prints a table of all that is not, and raises StoreError with what to do.
+    key: the store has to be signed with this public key. Prints a table of all that is not well, and
+    raises StoreError with what to do.
     """
     from ..stages.progress import progress
     from ..storage import StoreError
     from ..storage.manifest import COMPLETE, read_manifest
+    from ..storage.signed import check_unrecorded
     from ..storage.verify import advice, stored_files, verify_store
 
     folder, content = path, None
@@ -83,6 +85,7 @@ def verify_files(path: Place) -> str:
     else:
         manifest = read_manifest(path)
     assert isinstance(folder, Path)
+    comment = None if key is None else _signed_as(path, folder, key)
     files = stored_files(folder, manifest)
     total = sum(file.bytes for file in files)
     begun = time.perf_counter()
@@ -96,7 +99,22 @@ def verify_files(path: Place) -> str:
             f"Store {path} is damaged: {len(damages)} of {len(files)} files. "
             f"{advice(path, manifest, damages)}"
         )
+    if key is not None and folder == path:
+        check_unrecorded(folder, files)
     rate = f"{total / 1e9:.2f} GB at {total / 1e9 / max(seconds, 1e-9):.2f} GB/s"
     if manifest["state"] != COMPLETE:
         return f"{path} is unfinished, and what is there is whole: {len(files)} files, {rate}."
-    return f"{path} is whole: {len(files)} files match their digests ({rate})."
+    signed = "" if comment is None else f"\nIt was signed with {key}: {comment}."
+    return f"{path} is whole: {len(files)} files match their digests ({rate}).{signed}"
+
+
+def _signed_as(path: Place, folder: Path, key: str) -> str:
+    """The trusted comment of a store's signature. folder: with the manifest that is looked at."""
+    from ..storage.files import read_plain
+    from ..storage.manifest import MANIFEST, MANIFEST_LIMIT_BYTES
+    from ..storage.minisign import read_public
+    from ..storage.signed import check_signature, signature_of
+
+    public = read_public(key)
+    data = read_plain(folder, MANIFEST, MANIFEST_LIMIT_BYTES)
+    return check_signature(path, data, signature_of(path), public)

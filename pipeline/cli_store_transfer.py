@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..storage.address import STORE_HELP, Address, only_local, place
+from .cli_store_sign import KEY_HELP, SIGN_HELP, secret_key
 from .errors import told_to_the_user
 from .say import say
 
@@ -45,6 +46,7 @@ def push(
             help="Where to, such as s3://bucket/acts.zarr or hf://datasets/USER/REPO/acts.zarr.",
         ),
     ],
+    sign: Annotated[Path | None, typer.Option(metavar="KEYFILE", help=SIGN_HELP)] = None,
 ) -> None:
     """Send a store to an address, several files at once, its manifest last.
 
@@ -53,6 +55,10 @@ def push(
     profile files of the service.
     """
     path, where = only_local(place(source), "A store is pushed from this machine"), place(target)
+    if sign is not None:
+        from ..storage.signed import sign_store
+
+        sign_store(path, secret_key(sign))
     if isinstance(where, Address):
         from ..storage.push import push as send
 
@@ -77,6 +83,7 @@ def pull(
     fraction: Annotated[
         float | None, typer.Option(help="Or such a fraction of them, such as 0.1.")
     ] = None,
+    key: Annotated[str | None, typer.Option(help=KEY_HELP)] = None,
 ) -> None:
     """Fetch a store, or a fair part of it, into a folder.
 
@@ -95,7 +102,12 @@ def pull(
             f"A store is pulled into a folder, and {into} is an address. Pass a folder, or use "
             "`sae-pipe store push` to send a store there."
         )
-    fetch(place(source), Path(into), part, say=say, open_bar=open_bar_of("pull"))
+    public = None
+    if key is not None:
+        from ..storage.minisign import read_public
+
+        public = read_public(key)
+    fetch(place(source), Path(into), part, key=public, say=say, open_bar=open_bar_of("pull"))
 
 
 def whole_rows(text: str) -> int:

@@ -111,6 +111,18 @@ def plain_size(root: Path, name: str) -> int:
     return found.st_size
 
 
+def check_no_link(root: Path, name: str) -> None:
+    """StoreError when a symbolic link would lead what is written below a folder somewhere else."""
+    place = str(root)
+    for part in name.split("/"):
+        place = f"{place}/{part}"
+        if os.path.islink(place):
+            raise StoreError(
+                f"{place} is a symbolic link, and nothing is written through one. Remove it, or pass "
+                "another place."
+            )
+
+
 def _not_plain(place: str, what: str) -> StoreError:
     return StoreError(
         f"{place} is {what}, and only plain files are read. If you know where its folder comes "

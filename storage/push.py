@@ -21,8 +21,10 @@ from .disk import human_bytes
 from .errors import InputError, NetworkError, StoreError
 from .files import disk_error, file_digest, plain_size
 from .manifest import MANIFEST, MANIFEST_LIMIT_BYTES, checked_manifest, parse_json
+from .minisign import LIMIT_BYTES
 from .remote import Link
 from .shard_cache import Cache
+from .signed import SIGNATURE, local_signature
 from .store_source import LocalSource
 from .verify import StoredFile, stored_files
 
@@ -48,11 +50,14 @@ def push(source: Path, address: Address, *, say: Say = print, open_bar: OpenBar 
         missing = job.missing(files, trust=is_there)
         total = sum(file.bytes for file in files)
         left = sum(file.bytes for file in missing)
-        if is_there == local.data and not missing:
+        signature = local_signature(source)
+        if is_there == local.data and not missing and _same_signature(link, signature):
             say(f"{address} is complete: {len(files):,} files, as here. Nothing to do.")
             return
         with open_bar(total, total - left) as bar:
             job.send(missing, bar)
+        if signature is not None:  # before what it is of: a reader who wants it finds it
+            link.put_bytes(signature, SIGNATURE)
         link.put_bytes(local.data, MANIFEST)
         job.forget()
     finally:
@@ -84,6 +89,16 @@ def _same_is_there(link: Link, local: LocalSource) -> bytes | None:
             "is there first."
         )
     return data
+
+
+def _same_signature(link: Link, signature: bytes | None) -> bool:
+    """Whether the signature that is here is there too; one that is there alone stays."""
+    if signature is None:
+        return True
+    try:
+        return link.read_small(SIGNATURE, LIMIT_BYTES) == signature
+    except FileNotFoundError:
+        return False
 
 
 class Sending:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .corpus import TokenTable
-from .corpus_writer import chunk_contexts
+from .corpus import TokenTable, chunk_contexts
 from .errors import InputError, StoreError
 from .shuffle_statistics import Ints, SeenPositions, pair_probability
 from .store import ActivationStore

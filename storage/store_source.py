@@ -130,7 +130,9 @@ class RemoteSource:
             fetch(0)  # it tells whether the server knows ranges
             starts = starts[1:]
             if not self.link.has_ranges:
-                write_at(part, self.link.read(record.name, 0, record.bytes, is_stopped), 0)
+                self.link.stream(
+                    record.name, record.bytes, lambda data, at: write_at(part, data, at), is_stopped
+                )
                 return
         try:
             jobs = [self.link.pool.submit(fetch, start) for start in starts]
