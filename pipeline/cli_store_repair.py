@@ -87,6 +87,8 @@ def verify_files(path: Place, key: str | None = None) -> str:
     assert isinstance(folder, Path)
     comment = None if key is None else _signed_as(path, folder, key)
     files = stored_files(folder, manifest)
+    if key is not None and folder == path:
+        check_unrecorded(folder, files)
     total = sum(file.bytes for file in files)
     begun = time.perf_counter()
     with progress(total, "verify", "B") as bar:
@@ -99,8 +101,6 @@ def verify_files(path: Place, key: str | None = None) -> str:
             f"Store {path} is damaged: {len(damages)} of {len(files)} files. "
             f"{advice(path, manifest, damages)}"
         )
-    if key is not None and folder == path:
-        check_unrecorded(folder, files)
     rate = f"{total / 1e9:.2f} GB at {total / 1e9 / max(seconds, 1e-9):.2f} GB/s"
     if manifest["state"] != COMPLETE:
         return f"{path} is unfinished, and what is there is whole: {len(files)} files, {rate}."

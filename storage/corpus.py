@@ -129,15 +129,18 @@ class TokenTable:
             )
         path = self.folder / self.split / name
         step, inner = chunk_contexts(self.context_size), self._inner(name)
-        out = np.empty((stop - start, *inner), np.uint32)
         chunks = range(start // step, -(-stop // step))
-        files = [f"{self.split}/{name}/c/{i}" + "/0" * len(inner) for i in chunks]
         try:
             self._look_at(name)
+            if len(chunks) > len(self._there):  # before lists or arrays as long as that are made
+                raise ValueError(f"{CORPUS_JSON} lists fewer files than its sizes ask for")
+            files = [f"{self.split}/{name}/c/{i}" + "/0" * len(inner) for i in chunks]
+            missing = next((file for file in files if file not in self._there), None)
+            if missing is not None:
+                raise ValueError(f"{CORPUS_JSON} does not list {missing}")
             self._have(files)
+            out = np.empty((stop - start, *inner), np.uint32)
             for i, file in zip(chunks, files, strict=True):
-                if file not in self._there:
-                    raise ValueError(f"{CORPUS_JSON} does not list {file}")
                 values = self._decode(file, (step, *inner))
                 first, last = max(start, i * step), min(stop, (i + 1) * step)
                 out[first - start : last - start] = values[first - i * step : last - i * step]

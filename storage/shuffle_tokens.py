@@ -32,33 +32,36 @@ class Contexts:
     @classmethod
     def of(cls, store: ActivationStore) -> "Contexts":
         corpus = store.recipe.get("corpus", {})
-        try:
-            size = int(corpus["config"]["context_size"])
-        except (KeyError, TypeError, ValueError):
-            size = 0
-        if size < 1:
+        if not isinstance(corpus, dict) or "context_size" not in corpus.get("config", {}):
             raise InputError(
                 f"Store {store.place} does not record its context size, so its rows' contexts are "
                 "unknown and its shuffle cannot be measured."
             )
+        size = store.context_size
         if corpus.get("source"):
             table = store.corpus.train
+            _check_reach(store, table.n_contexts, size)
             order_C = np.argsort(table.origins(0, table.n_contexts), kind="stable")
             return cls(table.n_contexts, size, order_C, table)
         # Without tokens the numbers of the contexts stand for the order of the text.
         n = _largest_source(store) // size + 1
-        if n * size > POSITIONS_A_ROW * max(store.n_rows, 1 << 20):
-            raise StoreError(
-                f"The source indices of {store.place} reach {n * size:,}, and it has "
-                f"{store.n_rows:,} rows: they are no positions of contexts of {size}. "
-                "Fetch or import the store again."
-            )
+        _check_reach(store, n, size)
         return cls(n, size, np.arange(n), None)
 
     def of_source(self, source: Ints) -> Ints:
         """The contexts of rows; impossible ones, which `SeenPositions` counts, are bent inside."""
         contexts: Ints = np.clip(source // self.size, 0, max(self.n - 1, 0))
         return contexts
+
+
+def _check_reach(store: ActivationStore, n: int, size: int) -> None:
+    """StoreError when n contexts are more than rows can come from: a bit is kept of each position."""
+    if n * size > POSITIONS_A_ROW * max(store.n_rows, 1 << 20):
+        raise StoreError(
+            f"The source indices of {store.place} reach {n * size:,}, and it has "
+            f"{store.n_rows:,} rows: they are no positions of contexts of {size}. "
+            "Fetch or import the store again."
+        )
 
 
 def _largest_source(store: ActivationStore) -> int:

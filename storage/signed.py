@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import minisign, provenance
 from .address import Address, Place
-from .errors import StoreError
+from .errors import SaePipeError, StoreError
 from .files import read_plain, write_whole
 from .manifest import MANIFEST, MANIFEST_LIMIT_BYTES
 from .minisign import PublicKey, SecretKey
@@ -51,6 +51,8 @@ def check_signature(place: Place, data: bytes, signature: bytes | None, key: Pub
         )
     try:
         return minisign.check(key, data, signature)
+    except SaePipeError:
+        raise  # some are ValueErrors too
     except ValueError as error:
         raise StoreError(
             f"The signature of store {place} does not hold: {error}. Do not use this store unless "

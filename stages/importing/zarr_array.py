@@ -60,8 +60,8 @@ class ZarrInput(RowInput):
             )
         try:
             # Of the metadata that were looked at, should those of another version be there too.
-            version = 3 if (folder / "zarr.json").is_file() else 2
-            self._array: Any = zarr.open_array(folder, mode="r", zarr_format=version)
+            is_third = (folder / "zarr.json").is_file()
+            self._array: Any = zarr.open_array(folder, mode="r", zarr_format=3 if is_third else 2)
             missing = _missing(self._array)
             self._check_lengths()
         except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
