@@ -8,7 +8,7 @@ Microsoft and the Hub are asked through `cat_file`: there the server is theirs.
 from collections.abc import Callable
 from typing import Any
 
-_PIECE_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 18
 
 Take = Callable[[bytes], object]
 
