@@ -67,6 +67,7 @@ class RunFolder:
         StoreError when it is a run, but a damaged one.
         """
         try:
+            self._check_links()
             if self.config_file.is_file():
                 is_ours = is_run_config(load_config(self.path))
             elif self.path.is_dir():
@@ -84,6 +85,15 @@ class RunFolder:
                 f"{self.path} exists and is not a run of sae-pipe. "
                 "Pass another --out, or move it away."
             )
+
+    def _check_links(self) -> None:
+        """InputError for a link that would lead what is written here somewhere else."""
+        for place in (self.metrics_file, self.checkpoint_folder):
+            if place.is_symlink():
+                raise InputError(
+                    f"{place} is a symbolic link, and nothing is written through one. Put what it "
+                    "leads to in its place, or pass another --out."
+                )
 
     def _is_first_leftover(self, name: str) -> bool:
         return is_leftover(name) and name.startswith(f".{self.config_file.name}.")

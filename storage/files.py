@@ -123,6 +123,13 @@ def check_no_link(root: Path, name: str) -> None:
             )
 
 
+def check_no_links(root: Path) -> None:
+    """`check_no_link` for everything that stands below a folder."""
+    for folder, folders, names in os.walk(root):
+        for name in (*folders, *names):
+            check_no_link(Path(folder), name)
+
+
 def _not_plain(place: str, what: str) -> StoreError:
     return StoreError(
         f"{place} is {what}, and only plain files are read. If you know where its folder comes "
