@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from sae_pipe.stages.sae.weights import save_sae
 from sae_pipe.storage.evalset import content_digest as evalset_digest
 
-from .hostile import CANARY, Evil, Json, entry_of, kind, link, load, with_crc, zstd_saying
+from .hostile import CANARY, Evil, Json, entry_of, kind, link, load, with_crc
+from .hostile_tokens import zstd_saying
 from .saes import make_sae
 
 # --- evaluation sets ---

@@ -1,6 +1,6 @@
 """What a stranger may send is refused in one sentence: nothing runs, nothing is written elsewhere.
 
-`hostile.py` and `hostile_others.py` make the kinds; the sentences stand in hostile_messages.json,
+`hostile.py`, `hostile_tokens.py` and `hostile_others.py` make the kinds; the sentences stand in hostile_messages.json,
 whole, with {in} for the folder that a kind is made in.
 """
 
