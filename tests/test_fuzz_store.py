@@ -28,6 +28,7 @@ from sae_pipe.storage import SaePipeError, open_store
 from sae_pipe.storage.evalset import open_evalset
 from sae_pipe.storage.evalset_writer import write_evalset
 from sae_pipe.storage.manifest import read_manifest
+from sae_pipe.storage.recode import recode
 from sae_pipe.storage.shard import crc32c
 from sae_pipe.storage.verify import content_below, find_damage, stored_files, wrong_in_manifest
 
@@ -35,7 +36,7 @@ from .saes import make_sae
 from .test_evalset import ORIGIN, contents
 from .test_evalset import rows as item_rows
 
-EXAMPLES = int(os.environ.get("SAE_PIPE_FUZZ_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("SAE_PIPE_FUZZ_EXAMPLES", "80"))
 SEED = int(os.environ.get("SAE_PIPE_FUZZ_SEED", "0"))
 FUZZ = settings(
     max_examples=EXAMPLES,
@@ -244,13 +245,16 @@ class Bench:
             (self.path / name).write_bytes(self.whole[name])
 
 
-@pytest.fixture(scope="module")
-def stored(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(
-        Path(shutil.copytree(store, tmp_path_factory.mktemp("fuzz") / "a.zarr")),
-        store_numbers,
-        verify_store,
-    )
+@pytest.fixture(scope="module", params=["lossless", "compact"])
+def stored(
+    store: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Bench:
+    path = tmp_path_factory.mktemp("fuzz") / "a.zarr"
+    if request.param == "lossless":
+        shutil.copytree(store, path)
+    else:
+        recode(store, path, request.param, say=lambda line: None)
+    return Bench(path, store_numbers, verify_store)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ implementations of the format test themselves with (jedisct1/rust-minisign, ISC 
 import json
 import shutil
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,6 +156,24 @@ def test_a_key_that_asks_for_too_much_memory_is_not_read(tmp_path: Path) -> None
     file.write_text(f"untrusted comment: x\n{base64.b64encode(packed).decode()}\n")
     with pytest.raises(InputError, match=rf"^{file} asks for more work or memory than minisign "):
         minisign.read_secret(file, "word")
+
+
+@pytest.mark.skipif(shutil.which("minisign") is None, reason="minisign is not installed")
+def test_minisign_itself_takes_our_keys_and_signatures_and_makes_ones_for_us(
+    signed: Path, key_file: Path, tmp_path: Path
+) -> None:
+    manifest = str(signed / "manifest.json")
+
+    def minisign_does(*arguments: object) -> None:
+        done = subprocess.run(["minisign", *map(str, arguments)], capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    minisign_does("-V", "-m", manifest, "-P", PUBLIC)
+    mine = minisign.generate(tmp_path / "mine", None)
+    (signed / SIGNATURE).unlink()
+    minisign_does("-S", "-W", "-s", tmp_path / "mine", "-m", manifest, "-t", "from there")
+    minisign_does("-V", "-m", manifest, "-p", tmp_path / "mine.pub")
+    assert check_local(signed, mine) == "from there"
 
 
 # --- stores ---
