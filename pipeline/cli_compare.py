@@ -7,6 +7,7 @@ import typer
 
 from ..stages.compare.formats import FORMATS
 from .errors import told_to_the_user
+from .say import say
 
 BY = "mask_p,arch,l0"
 
@@ -54,10 +55,10 @@ def compare(
     )
     text = render(comparison, form)
     if out is None:
-        typer.echo(text, nl=False)
+        say(text, nl=False)
         return
     write_whole(out, text.encode())
-    typer.echo(f"Wrote {out}.")
+    say(f"Wrote {out}.")
 
 
 def names(text: str) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .errors import told_to_the_user
+from .say import say
 
 DATA = Path(__file__).parent / "demo_data"
 MODEL, TEXT = DATA / "neox-pd", DATA / "text.jsonl.zst"
@@ -39,7 +40,7 @@ def demo(
     from .tables import run_table
 
     begun = time.monotonic()
-    typer.echo(
+    say(
         f"Harvesting layer {LAYER} of a small GPT-NeoX over novels, speeches, Shakespeare and the "
         "King James Bible, with and without masking.\n"
     )
@@ -52,24 +53,24 @@ def demo(
         tokens=TOKENS,
         heldout_tokens=HELDOUT_TOKENS,
     )
-    stores = [open_store(path) for path in harvest(config, say=typer.echo)]
-    typer.echo(f"\nFitting a Matryoshka SAE of {D_SAE} latents from each store.\n")
+    stores = [open_store(path) for path in harvest(config, say=say)]
+    say(f"\nFitting a Matryoshka SAE of {D_SAE} latents from each store.\n")
     runs = []
     for store in stores:
         folder = out / "runs" / f"{store.name}-matryoshka-l0_{L0}"
         fit_config = FitConfig(arch="matryoshka", k=L0, d_sae=D_SAE, epochs=EPOCHS)
         runs.append((folder, fit(store, fit_config, folder)))
-    typer.echo(
+    say(
         f"On {runs[0][1].heldout_rows:,} held-out rows, harvested without masking, from documents "
         "that neither store holds:\n"
     )
-    typer.echo(run_table([(folder.name, summary) for folder, summary in runs]))
-    typer.echo(about_l0(*(summary.l0 for _, summary in runs)), nl=False)
+    say(run_table([(folder.name, summary) for folder, summary in runs]))
+    say(about_l0(*(summary.l0 for _, summary in runs)), nl=False)
     for (folder, _), store in zip(runs, stores, strict=True):
-        typer.echo(f"\nSome latents of {folder.name} and where they fire most:\n")
+        say(f"\nSome latents of {folder.name} and where they fire most:\n")
         found = top_activations(load_sae(folder), store, count=LATENTS, examples=EXAMPLES)
-        typer.echo(show_latents(found))
-    typer.echo(f"\nDone in {time.monotonic() - begun:.0f} s. {_next_steps(out)}")
+        say(show_latents(found))
+    say(f"\nDone in {time.monotonic() - begun:.0f} s. {_next_steps(out)}")
 
 
 def about_l0(unmasked: float | None, masked: float | None) -> str:

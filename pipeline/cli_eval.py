@@ -7,6 +7,7 @@ import typer
 
 from ..storage.address import place
 from .errors import told_to_the_user
+from .say import say
 
 if TYPE_CHECKING:
     from ..stages.evaluation.engine import Outcome
@@ -141,9 +142,9 @@ def show(outcomes: "list[Outcome]", out: Path) -> None:
 
     results = [outcome.result for outcome in outcomes if outcome.result is not None]
     for line in eval_tables(results):
-        typer.echo(line)
+        say(line)
     computed, kept = sum(o.computed for o in outcomes), sum(o.kept for o in outcomes)
-    typer.echo(f"\n{computed} results written to {out}; {kept} were there already.")
+    say(f"\n{computed} results written to {out}; {kept} were there already.")
     errors = {outcome.name: outcome.error for outcome in outcomes if outcome.error is not None}
     for error in errors.values():
         if not isinstance(error, SaePipeError) or len(outcomes) == 1:

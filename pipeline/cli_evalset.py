@@ -12,6 +12,7 @@ from ..stages.taps import DEFAULT_HOOK, HOOKS
 from ..storage.address import place
 from ..storage.evalset import POOLINGS
 from .errors import told_to_the_user
+from .say import say
 
 app = typer.Typer(
     help="Build an evaluation set: one model's activations, on which any number of SAEs are judged.",
@@ -185,7 +186,7 @@ def build(
     )
     from ..stages.evalsets.build import build as run
 
-    run(config, say=typer.echo)
+    run(config, say=say)
 
 
 @app.command()
@@ -210,9 +211,9 @@ def info(
     evalset = open_evalset(path) if manifest.get("state") == COMPLETE or verify else None
     if evalset is not None and verify:
         evalset.verify()
-    typer.echo(describe(path, manifest, evalset))
+    say(describe(path, manifest, evalset))
     if verify:
-        typer.echo(f"{path} is whole: {len(manifest['files'])} files match their digests.")
+        say(f"{path} is whole: {len(manifest['files'])} files match their digests.")
 
 
 @app.command()
@@ -236,4 +237,4 @@ def fetch(
 
     if what != "probes":
         raise InputError(f"There is no {what!r} to fetch. Pass probes.")
-    fetch_wheel(wheel, typer.echo)
+    fetch_wheel(wheel, say)

@@ -8,6 +8,7 @@ import typer
 from ..stages.sae_formats import FORMATS
 from ..stages.taps import HOOKS
 from .errors import told_to_the_user
+from .say import say
 
 _FORMATS_HELP = "; ".join(f"{name}: {entry.about}" for name, entry in FORMATS.items()) + "."
 _MODEL = Annotated[
@@ -40,7 +41,7 @@ def export(
     from ..stages.sae_export import export_sae
 
     place = export_sae(run, format, out, model=model, layer=layer, hook=hook)
-    typer.echo(f"{place} holds the SAE of {run} for {format}.")
+    say(f"{place} holds the SAE of {run} for {format}.")
 
 
 @told_to_the_user
@@ -69,4 +70,4 @@ def import_(
     """
     from ..stages.sae_import import import_sae
 
-    import_sae(source, out, format=format, model=model, layer=layer, hook=hook, say=typer.echo)
+    import_sae(source, out, format=format, model=model, layer=layer, hook=hook, say=say)

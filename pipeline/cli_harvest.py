@@ -15,6 +15,7 @@ from ..storage.catalogue import CATALOG, catalogue_place
 from ..storage.codecs import CODECS
 from ..storage.values import VALUE_TYPES
 from .errors import HELD, told_to_the_user
+from .say import say
 
 _MODEL, _TEXT, _ROWS, _RUN = "What is hooked", "Text", "Rows and masking", "How it runs"
 
@@ -247,7 +248,7 @@ def harvest(
     from .cli_store_transfer import open_bar_of
 
     config = harvest_config(flags)
-    stores = harvest_anywhere(config, say=typer.echo, dry_run=dry_run, open_bar=open_bar_of("push"))
+    stores = harvest_anywhere(config, say=say, dry_run=dry_run, open_bar=open_bar_of("push"))
     if stores != asked_for(config):  # what comes next in a script would find nothing at --out
         raise typer.Exit(HELD)
 

@@ -6,6 +6,7 @@ import typer
 
 from ..storage.address import STORE_HELP, place
 from .errors import told_to_the_user
+from .say import say
 
 
 @told_to_the_user
@@ -46,4 +47,4 @@ def inspect(
         store = str(recorded)
     opened = open_store(place(store), unfinished=True)
     found = top_activations(sae, opened, latent, count=count, examples=examples, max_rows=rows)
-    typer.echo(show_latents(found))
+    say(show_latents(found))

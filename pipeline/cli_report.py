@@ -8,6 +8,7 @@ import typer
 from ..storage.address import place
 from .cli_compare import BY, names
 from .errors import told_to_the_user
+from .say import say
 
 
 @told_to_the_user
@@ -57,6 +58,6 @@ def report(
         runs=runs or [],
         store=None if store is None else place(store),
         options=shown,
-        say=typer.echo,
+        say=say,
     )
-    typer.echo(f"Open {page}.")
+    say(f"Open {page}.")

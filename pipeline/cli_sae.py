@@ -7,6 +7,7 @@ import typer
 
 from ..stages.sae_formats import FORMATS
 from .errors import told_to_the_user
+from .say import say
 
 app = typer.Typer(
     help="Publish a fitted SAE on the Hugging Face Hub, fetch one.", no_args_is_help=True
@@ -52,7 +53,7 @@ def push(
         private=private,
         licence=license,
     )
-    push_sae(config, say=typer.echo)
+    push_sae(config, say=say)
 
 
 @app.command()
@@ -73,4 +74,4 @@ def pull(
     """
     from ..stages.sae_push import pull_sae
 
-    pull_sae(source, out, say=typer.echo)
+    pull_sae(source, out, say=say)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .errors import told_to_the_user
+from .say import say
 
 if TYPE_CHECKING:
     from ..stages.selftest import CaseResult, Check
@@ -35,7 +36,7 @@ def selftest(
     for result in run_cases(case or ()):
         results.append(result)
         if not as_json:
-            typer.echo(_shown(result))
+            say(_shown(result))
     checks = [check for result in results for check in result.checks]
     n_failed = sum(result.n_failed for result in results)
     if as_json:
@@ -43,7 +44,7 @@ def selftest(
     else:
         ended = f"{n_failed} wrong" if n_failed else "all are right"
         seconds = sum(result.seconds for result in results)
-        typer.echo(f"\n{len(checks)} numbers, {ended} ({seconds:.0f} s).")
+        say(f"\n{len(checks)} numbers, {ended} ({seconds:.0f} s).")
     if n_failed:
         raise typer.Exit(FAILED)
 

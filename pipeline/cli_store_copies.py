@@ -13,6 +13,7 @@ from ..storage.codecs import CODECS
 from ..storage.values import VALUE_TYPES
 from .cli_harvest import whole_bytes
 from .errors import told_to_the_user
+from .say import say
 
 DEFAULT_BLOCK_GB = DEFAULT_BLOCK_BYTES / 1e9
 _CODEC_HELP = "; ".join(f"{name}: {each.description}" for name, each in CODECS.items()) + "."
@@ -57,7 +58,7 @@ def recode(
     """
     from ..storage.recode import recode as run
 
-    run(place(source), target, codec, store_dtype, say=typer.echo, open_bar=_bar("recode"))
+    run(place(source), target, codec, store_dtype, say=say, open_bar=_bar("recode"))
 
 
 @told_to_the_user
@@ -135,7 +136,7 @@ def import_(
         hook=hook,
         note=note,
     )
-    import_rows(config, say=typer.echo, open_bar=_bar("import"))
+    import_rows(config, say=say, open_bar=_bar("import"))
 
 
 @told_to_the_user
@@ -169,4 +170,4 @@ def export(
     config = ExportConfig(
         store=place(store), out=out, format=format, split=split, dtype=dtype, rows=rows
     )
-    export_rows(config, say=typer.echo, open_bar=_bar("export"))
+    export_rows(config, say=say, open_bar=_bar("export"))

@@ -8,6 +8,7 @@ import typer
 
 from ..storage.address import Address, Place, only_local, place
 from .errors import told_to_the_user
+from .say import say
 from .tables import table
 
 
@@ -38,17 +39,19 @@ def repair(
     from ..stages.repair import repair as run
 
     folder = only_local(place(path), "A store is repaired where it stands")
-    run(folder, model=model, device=device, say=typer.echo)
+    run(folder, model=model, device=device, say=say)
 
 
-def verify_files(path: Place) -> str:
+def verify_files(path: Place, key: str | None = None) -> str:
     """Compare every file with its digest; returns a line that says that all is well.
 
-    Prints a table of all that is not, and raises StoreError with what to do.
+    key: the store has to be signed with this public key. Prints a table of all that is not well, and
+    raises StoreError with what to do.
     """
     from ..stages.progress import progress
     from ..storage import StoreError
     from ..storage.manifest import COMPLETE, read_manifest
+    from ..storage.signed import check_unrecorded
     from ..storage.verify import advice, stored_files, verify_store
 
     folder, content = path, None
@@ -59,7 +62,10 @@ def verify_files(path: Place) -> str:
     else:
         manifest = read_manifest(path)
     assert isinstance(folder, Path)
+    comment = None if key is None else _signed_as(path, folder, key)
     files = stored_files(folder, manifest)
+    if key is not None and folder == path:
+        check_unrecorded(folder, files)
     total = sum(file.bytes for file in files)
     begun = time.perf_counter()
     with progress(total, "verify", "B") as bar:
@@ -67,7 +73,7 @@ def verify_files(path: Place) -> str:
     seconds = time.perf_counter() - begun
     if damages:
         header = ("file", "what is wrong")
-        typer.echo(table(header, [(d.file.name, d.what) for d in damages], right=False))
+        say(table(header, [(d.file.name, d.what) for d in damages], right=False))
         raise StoreError(
             f"Store {path} is damaged: {len(damages)} of {len(files)} files. "
             f"{advice(path, manifest, damages)}"
@@ -75,4 +81,17 @@ def verify_files(path: Place) -> str:
     rate = f"{total / 1e9:.2f} GB at {total / 1e9 / max(seconds, 1e-9):.2f} GB/s"
     if manifest["state"] != COMPLETE:
         return f"{path} is unfinished, and what is there is whole: {len(files)} files, {rate}."
-    return f"{path} is whole: {len(files)} files match their digests ({rate})."
+    signed = "" if comment is None else f"\nIt was signed with {key}: {comment}."
+    return f"{path} is whole: {len(files)} files match their digests ({rate}).{signed}"
+
+
+def _signed_as(path: Place, folder: Path, key: str) -> str:
+    """The trusted comment of a store's signature. folder: with the manifest that is looked at."""
+    from ..storage.files import read_plain
+    from ..storage.manifest import MANIFEST, MANIFEST_LIMIT_BYTES
+    from ..storage.minisign import read_public
+    from ..storage.signed import check_signature, signature_of
+
+    public = read_public(key)
+    data = read_plain(folder, MANIFEST, MANIFEST_LIMIT_BYTES)
+    return check_signature(path, data, signature_of(path), public)

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from ..storage.address import STORE_HELP, Address, only_local, place
+from .cli_store_sign import KEY_HELP, SIGN_HELP, secret_key
 from .errors import told_to_the_user
+from .say import say
 
 _POWERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
@@ -48,6 +50,7 @@ def push(
         bool,
         typer.Option("--private", help="If a repository of the Hub is made now: for you alone."),
     ] = False,
+    sign: Annotated[Path | None, typer.Option(metavar="KEYFILE", help=SIGN_HELP)] = None,
 ) -> None:
     """Send a store to an address, several files at once, its manifest last.
 
@@ -56,14 +59,18 @@ def push(
     Credentials are taken from the environment or the profile files of the service.
     """
     path, where = only_local(place(source), "A store is pushed from this machine"), place(target)
+    if sign is not None:
+        from ..storage.signed import sign_store
+
+        sign_store(path, secret_key(sign))
     if isinstance(where, Address):
         from ..storage.push import push as send
 
-        send(path, where, private=private, say=typer.echo, open_bar=open_bar_of("push"))
+        send(path, where, private=private, say=say, open_bar=open_bar_of("push"))
         return
     from ..storage.pull import pull as fetch
 
-    fetch(path, where, say=typer.echo, open_bar=open_bar_of("push"))
+    fetch(path, where, say=say, open_bar=open_bar_of("push"))
 
 
 @told_to_the_user
@@ -80,6 +87,7 @@ def pull(
     fraction: Annotated[
         float | None, typer.Option(help="Or such a fraction of them, such as 0.1.")
     ] = None,
+    key: Annotated[str | None, typer.Option(help=KEY_HELP)] = None,
 ) -> None:
     """Fetch a store, or a fair part of it, into a folder.
 
@@ -98,7 +106,12 @@ def pull(
             f"A store is pulled into a folder, and {into} is an address. Pass a folder, or use "
             "`sae-pipe store push` to send a store there."
         )
-    fetch(place(source), Path(into), part, say=typer.echo, open_bar=open_bar_of("pull"))
+    public = None
+    if key is not None:
+        from ..storage.minisign import read_public
+
+        public = read_public(key)
+    fetch(place(source), Path(into), part, key=public, say=say, open_bar=open_bar_of("pull"))
 
 
 def whole_rows(text: str) -> int:

@@ -10,6 +10,7 @@ from ..storage.address import Place
 from ..storage.errors import InputError
 from .cache_flags import CacheDir, CacheSize, use_cache
 from .errors import told_once
+from .say import say
 
 if TYPE_CHECKING:
     from ..stages.plan import Plan
@@ -54,7 +55,7 @@ def sweep(
     from .fitting import run_tasks
 
     stores: list[Place] = [
-        path for config in asked.harvests for path in harvest_anywhere(config, say=typer.echo)
+        path for config in asked.harvests for path in harvest_anywhere(config, say=say)
     ]
     results = []
     for root, tasks in _tasks(asked, stores).items():
@@ -102,15 +103,15 @@ def _plan(asked: "SweepFile") -> None:
     shapes: dict[Place, StoreShape] = {}
     for config in asked.harvests:
         plans: list[Plan] = []
-        typer.echo(f"harvest   {config.model}")
-        paths = harvest_anywhere(config, say=typer.echo, dry_run=True, planned=plans.append)
+        say(f"harvest   {config.model}")
+        paths = harvest_anywhere(config, say=say, dry_run=True, planned=plans.append)
         for path in paths:
             shapes[path] = _shape(path, plans)
     for root, tasks in _tasks(asked, list(shapes)).items():
-        typer.echo(f"fit       into {root}")
+        say(f"fit       into {root}")
         fits = [(shapes.get(task.store) or _shape(task.store, []), task.configs) for task in tasks]
         for line in plan_lines(fits):
-            typer.echo(line)
+            say(line)
 
 
 def _shape(path: Place, plans: "list[Plan]") -> "StoreShape":

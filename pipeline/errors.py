@@ -15,6 +15,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 USER_ERROR, HELD, INTERRUPTED = 2, 3, 130  # HELD: a catalogue has what was to be harvested
+_LONGEST = 4000  # characters of an error that are printed
 
 
 def told_to_the_user(command: Callable[P, R]) -> Callable[P, R]:
@@ -61,4 +62,9 @@ def _told(command: Callable[P, R], may_speak: Callable[[], bool]) -> Callable[P,
 
 def tell(error: Exception) -> None:
     """Print an error as the user is to see it."""
-    print(f"Error: {error}", file=sys.stderr, flush=True)
+    from ..storage.shown import shown
+
+    text = shown(str(error))
+    if len(text) > _LONGEST:  # a name from a file can have any length; what to do stands at the end
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    print(f"Error: {text}", file=sys.stderr, flush=True)

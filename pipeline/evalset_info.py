@@ -8,7 +8,7 @@ import numpy as np
 from ..storage.disk import human_bytes
 from ..storage.evalset import SPLITS, EvalSet
 from .show import show_pairs
-from .tables import printable, table
+from .tables import table
 
 
 def describe(path: Path, manifest: dict[str, Any], evalset: EvalSet | None) -> str:
@@ -51,7 +51,5 @@ def _tasks(evalset: EvalSet) -> str:
     for number, task in enumerate(evalset.tasks):
         split_I = evalset.item_split[evalset.items_of(number)]
         counts = np.bincount(split_I, minlength=len(SPLITS))
-        rows.append(
-            [printable(task.name), str(len(task.classes)), *(f"{n:,}" for n in counts.tolist())]
-        )
+        rows.append([task.name, str(len(task.classes)), *(f"{n:,}" for n in counts.tolist())])
     return table(("task", "classes", *SPLITS), rows)

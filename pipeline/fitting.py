@@ -14,12 +14,13 @@ from ..stages.sweep import Say, StoreTask, SweepResult, check_all_ended_well, fi
 from ..storage.address import Place
 from ..storage.errors import SaePipeError
 from .errors import USER_ERROR, tell
+from .say import say as show
 from .tables import run_table
 
 
 def say(line: str) -> None:
     """Tell the user what is going on, beside the progress bar."""
-    typer.echo(line, err=True)
+    show(line, err=True)
 
 
 @contextmanager
@@ -50,8 +51,8 @@ def fit_one(store: Place, config: FitConfig, out: Path | None, *, follow: bool) 
         )
         summary = fit(opened, config, folder)
     if group.is_first:
-        typer.echo(run_table([(str(folder), summary)]))
-        typer.echo(f"Weights, curve and metrics are in {folder}.")
+        show(run_table([(str(folder), summary)]))
+        show(f"Weights, curve and metrics are in {folder}.")
 
 
 def _speaker(group: Group) -> Say:
@@ -84,8 +85,8 @@ def run_tasks(
     ended = [result.outcome for result in results]
     table = [(each.run.name, each.summary) for each in ended if each.summary is not None]
     if table:
-        typer.echo(run_table(table))
-        typer.echo(
+        show(run_table(table))
+        show(
             f"The run folders are in {root}, all summaries in {root}/sweep.json, L0 against "
             f"explained variance in {root}/sweep.png."
         )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..stages.latents import Latent
-from ..storage.printable import printable
+from ..storage.shown import shown
 
 
 def show_latents(latents: Sequence[Latent]) -> str:
@@ -13,8 +13,8 @@ def show_latents(latents: Sequence[Latent]) -> str:
     for latent in latents:
         lines.append(f"latent {latent.index}  fires on {latent.density:.3%} of the rows")
         for example in latent.examples:
-            before = printable(example.before)[-48:].rjust(48)
-            token, after = printable(example.token), printable(example.after)[:32]
+            before = shown(example.before)[-48:].rjust(48)
+            token, after = shown(example.token), shown(example.after)[:32]
             lines.append(f"  {example.activation:8.2f}  {before}[{token}]{after}")
         lines.append("")
     return "\n".join(lines).rstrip()
@@ -23,4 +23,4 @@ def show_latents(latents: Sequence[Latent]) -> str:
 def show_pairs(pairs: Sequence[tuple[str, Any]]) -> str:
     """Names and values, aligned."""
     width = max(len(name) for name, _ in pairs)
-    return "\n".join(f"{name.ljust(width)}  {printable(str(value))}" for name, value in pairs)
+    return "\n".join(f"{name.ljust(width)}  {shown(str(value))}" for name, value in pairs)

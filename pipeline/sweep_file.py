@@ -27,6 +27,7 @@ from .cli_fit import fit
 from .cli_harvest import harvest, harvest_config
 from .fit_flags import FIELDS, RUNS, check_workers, fit_configs
 
+_LIMIT_BYTES = 1 << 20
 _KINDS = {
     int: "a whole number",
     float: "a number",
@@ -89,11 +90,15 @@ def read_sweep(file: Path) -> SweepFile:
 
 def _load(file: Path) -> dict[str, Any]:
     try:
+        if file.is_file() and file.stat().st_size > _LIMIT_BYTES:
+            raise ValueError(f"it has more than {_LIMIT_BYTES:,} bytes")
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{file} could not be read ({error.strerror or error}). Pass the TOML file of a sweep."
         ) from error
+    except RecursionError:
+        raise InputError(f"{file} is not the TOML of a sweep: it is nested too deep.") from None
     except ValueError as error:  # also of bytes that are not UTF-8
         raise InputError(f"{file} is not TOML: {error}.") from error
 

@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..storage.printable import printable
+from ..storage.shown import shown
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = True) -> str:
-    """Aligned columns: the first to the left, the others to the right, or to the left too."""
+    """Aligned columns: the first to the left, the others to the right, or to the left too.
+
+    Cells may hold texts from files: they are escaped.
+    """
+    header, rows = [shown(name) for name in header], [[shown(c) for c in row] for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -43,4 +47,4 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-__all__ = ["number", "printable", "run_table", "table"]
+__all__ = ["number", "run_table", "table"]

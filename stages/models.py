@@ -259,7 +259,7 @@ def _read_config(source: str, config_file: Path) -> Any:
             f"Model {source} is quantised, and its activations would be those of the quantised "
             "weights. Pass the unquantised model."
         )
-    return transformers.AutoConfig.from_pretrained(config_file.parent)
+    return transformers.AutoConfig.from_pretrained(config_file.parent, trust_remote_code=False)
 
 
 def _truncated_config(config: Any, n_blocks: int) -> Any:
@@ -295,6 +295,7 @@ def _read_weights(
             # Gemma 2 soft-caps its attention scores, which sdpa cannot.
             attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
             output_loading_info=True,
+            weights_only=True,  # where there are no safetensors
         )
     except (OSError, hub_errors.HfHubHTTPError) as error:
         if info.commit is not None:

@@ -21,7 +21,14 @@ from ..storage.builder import StoreBuilder, statistics_entry
 from ..storage.card import write_card
 from ..storage.corpus import CORPUS_JSON, Corpus
 from ..storage.errors import InputError, StoreError
-from ..storage.files import file_digest, fsync_folder, remove_leftovers, write_json, write_whole
+from ..storage.files import (
+    check_no_links,
+    file_digest,
+    fsync_folder,
+    remove_leftovers,
+    write_json,
+    write_whole,
+)
 from ..storage.lock import sole_writer
 from ..storage.manifest import (
     COMMITS,
@@ -77,6 +84,7 @@ def repair(
             "command that began it once more; it goes on where it stopped."
         )
     with sole_writer(path, "Store"):
+        check_no_links(path)
         remove_leftovers(path, deep=True)
         shutil.rmtree(path / ASIDE, ignore_errors=True)
         manifest = read_manifest(path)

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,9 +26,17 @@ from torch import Tensor
 
 from ..storage import provenance
 from ..storage.errors import InputError, StoreError
-from ..storage.files import disk_error, is_leftover, remove_leftovers, write_json, write_whole
-from .plain_json import parse_plain_json
+from ..storage.files import (
+    disk_error,
+    is_leftover,
+    read_plain,
+    remove_leftovers,
+    write_json,
+    write_whole,
+)
+from ..storage.plain_json import parse_plain_json
 from .sae.weights import (
+    CONFIG_LIMIT_BYTES,
     FORMAT,
     FORMAT_VERSION,
     is_run_config,
@@ -35,6 +44,9 @@ from .sae.weights import (
     read_config,
     read_safetensors,
 )
+
+METRICS_LIMIT_BYTES = 1 << 28
+_STATE = re.compile(r"state-[0-9]{1,20}\.safetensors", re.ASCII)
 
 Line = dict[str, Any]
 
@@ -55,6 +67,7 @@ class RunFolder:
         StoreError when it is a run, but a damaged one.
         """
         try:
+            self._check_links()
             if self.config_file.is_file():
                 is_ours = is_run_config(load_config(self.path))
             elif self.path.is_dir():
@@ -72,6 +85,15 @@ class RunFolder:
                 f"{self.path} exists and is not a run of sae-pipe. "
                 "Pass another --out, or move it away."
             )
+
+    def _check_links(self) -> None:
+        """InputError for a link that would lead what is written here somewhere else."""
+        for place in (self.metrics_file, self.checkpoint_folder):
+            if place.is_symlink():
+                raise InputError(
+                    f"{place} is a symbolic link, and nothing is written through one. Put what it "
+                    "leads to in its place, or pass another --out."
+                )
 
     def _is_first_leftover(self, name: str) -> bool:
         return is_leftover(name) and name.startswith(f".{self.config_file.name}.")
@@ -167,9 +189,9 @@ class RunFolder:
         found = self._checkpoints()
         if not found:
             return None
-        there = (e for e in found if (self.checkpoint_folder / str(e.get("state"))).is_file())
+        there = (e for e in found if (self.checkpoint_folder / e["state"]).is_file())
         progress = next(there, found[0])
-        return read_safetensors(self.checkpoint_folder / str(progress.get("state"))), progress
+        return read_safetensors(self.checkpoint_folder / progress["state"]), progress
 
     def _checkpoints(self) -> list[dict[str, Any]]:
         """State and progress of those that are kept, the newest first."""
@@ -177,7 +199,14 @@ class RunFolder:
         if not file.is_file():
             return []
         newest = dict(_load_json(file))
-        return [newest, *newest.pop("older", [])]
+        older = newest.pop("older", [])
+        found = [newest, *(older if isinstance(older, list) else [None])]
+        if not all(isinstance(each, dict) and _is_state(each.get("state")) for each in found):
+            raise StoreError(
+                f"{file} is damaged: it names no state of this run. Remove the folder it is in to begin "
+                "the run anew."
+            )
+        return found
 
     def remove_checkpoint(self) -> None:
         """Free the space of a complete run's checkpoint; nothing is lost if that fails."""
@@ -216,6 +245,11 @@ class RunFolder:
         """
         if not self.metrics_file.is_file():
             return []
+        if self.metrics_file.stat().st_size > METRICS_LIMIT_BYTES:
+            raise StoreError(
+                f"{self.metrics_file} has more than the {METRICS_LIMIT_BYTES:,} bytes that a run writes. "
+                "It was not read: fetch or fit the run again."
+            )
         *whole, _ = self.metrics_file.read_bytes().split(b"\n")
         return list(itertools.takewhile(_is_whole, map(_parse, whole)))
 
@@ -230,9 +264,13 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_plain_json(line)
+    except ValueError:
         return None
+
+
+def _is_state(name: object) -> bool:
+    return isinstance(name, str) and _STATE.fullmatch(name) is not None
 
 
 def _is_whole(line: Any) -> bool:
@@ -245,7 +283,7 @@ def _as_line(line: Line) -> bytes:
 
 def _load_json(file: Path) -> dict[str, Any]:
     try:
-        found = parse_plain_json(file.read_bytes())
+        found = parse_plain_json(read_plain(file.parent, file.name, CONFIG_LIMIT_BYTES))
     except ValueError as error:
         raise StoreError(
             f"{file} is damaged: it is not JSON ({error}). Remove the run folder and fit again."

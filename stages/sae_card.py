@@ -5,7 +5,6 @@ Both may have come from a stranger: texts of theirs are escaped, so that they st
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from ..storage.card import of_model, of_texts, text_source
 from ..storage.licences import is_identifier
+from ..storage.shown import shown_in_markdown
 from .sae.base import Sae
 from .sae.weights import describe_sae
 from .sae_formats import get_format
@@ -22,7 +22,6 @@ from .sae_formats.facts import Facts, section
 MARKER = (
     "<!-- Written by sae-pipe, and again at the next push. Remove this line to keep your own. -->"
 )
-_PUNCTUATION = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:@$^=])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _LONGEST = 300
 _METRICS = (
@@ -158,8 +157,7 @@ def escaped(value: object) -> str:
     """A text from a file as plain text of Markdown: no markup, no HTML, no links, one line."""
     text = str(value)
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return html.escape(_PUNCTUATION.sub(r"\\\1", shown), quote=False)
+    return shown_in_markdown(text)
 
 
 def _code(lines: str) -> str:

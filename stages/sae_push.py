@@ -20,7 +20,7 @@ from ..storage.errors import InputError, NetworkError, StoreError
 from .hub_address import HubPlace, parse_hub
 from .hub_repo import Repository, hub_is_reachable, no_network, open_repository
 from .hub_repo import told as told_by_hub
-from .rundir import RunFolder
+from .rundir import METRICS_LIMIT_BYTES, RunFolder
 from .sae.hub import fetch_run
 from .sae.weights import CONFIG_LIMIT_BYTES, read_config
 from .sae_card import MARKER, Card, check_licence
@@ -32,12 +32,11 @@ from .whole_folder import check_free, whole_folder
 DEFAULT_FORMATS = ("saelens", "dictionary_learning")
 README = "README.md"
 _README_LIMIT_BYTES = 1 << 20
-_METRICS_LIMIT_BYTES = 1 << 28
 _AS_THEY_ARE = ("sae.safetensors", "summary.json", "metrics.jsonl", "curve.png")
 # Of a repository, what `pull` takes beside config.json and sae.safetensors, and how large it can be.
 _ALSO_PULLED = {
     "summary.json": CONFIG_LIMIT_BYTES,
-    "metrics.jsonl": _METRICS_LIMIT_BYTES,
+    "metrics.jsonl": METRICS_LIMIT_BYTES,
     README: _README_LIMIT_BYTES,
 }
 

@@ -19,6 +19,7 @@ from ..storage.errors import InputError, NetworkError
 from ..storage.files import canonical_json, write_whole
 
 # Offered when a mask string is not one token; each is one token of most vocabularies.
+_TOKENIZER_LIMIT_BYTES = 1 << 28
 _MASK_CANDIDATES = ("...", " ...", "…")
 
 
@@ -164,12 +165,16 @@ def decode_tokens(tokenizer_json: Path | str, ids: Iterable[int]) -> list[str]:
 
 def _read_tokenizer(path: Path) -> Any:
     try:
+        if path.stat().st_size > _TOKENIZER_LIMIT_BYTES or not path.is_file():
+            raise ValueError("its size is that of no tokenizer")
         return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except OSError:
         raise InputError(
             f"There is no tokenizer at {path}. Pass the tokenizer.json of a store or of a model."
         ) from None
-    except Exception as error:  # the tokenizers library raises bare Exception
+    except BaseException as error:  # the library raises bare Exception, or panics
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
         raise InputError(
             f"{path} is not a tokenizer ({error}). Pass the tokenizer.json of a store or a model."
         ) from error

@@ -3,7 +3,6 @@
 Every step leaves a folder that the next run of the same command can go on with.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from .manifest import (
     Manifest,
     content_digest,
     layout_of,
+    parse_json,
     read_manifest,
     write_manifest,
 )
@@ -162,7 +162,7 @@ class StoreBuilder:
         if codec.is_lossy:
             members["statistics/relative_error"] = zarr_metadata.vector_array(train.d_in)
         corpus = {
-            str(file.parent.relative_to(self.path)): json.loads(file.read_bytes())
+            str(file.parent.relative_to(self.path)): parse_json(file.read_bytes(), str(file))
             for file in sorted((self.path / "corpus").rglob("zarr.json"))
         }
         return members, corpus

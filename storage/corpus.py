@@ -13,25 +13,35 @@ over all that. A chunk that is missing is an error here, where a plain Zarr read
 
 # C contexts, T positions in a context.
 
-import json
+import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from .errors import InputError, SaePipeError, StoreError
-from .files import file_digest, json_digest
+from .evalset_arrays import unpacked
+from .files import file_digest, is_plain_name, is_sha256, json_digest, plain_size, read_plain
+from .plain_json import parse_plain_json
+from .shard import checked_frame, packed_limit
 
 CORPUS_JSON = "corpus.json"
 CORPUS_FORMAT = 1
-INFO_LIMIT_BYTES = 1 << 28
+INFO_LIMIT_BYTES = 1 << 26
+MOST_POSITIONS = 1 << 20  # of a context
+_METADATA_LIMIT_BYTES = 1 << 16
+_CHUNK_VALUES = 4 * 2**20  # 16 MiB of uint32
 SPLITS = ("train", "heldout")
 
 Fetch = Callable[[list[str]], object]
+
+
+def chunk_contexts(context_size: int) -> int:
+    """Contexts in one chunk of a (C, T) array: about 16 MiB before compression."""
+    return max(1, _CHUNK_VALUES // context_size)
 
 
 def row_positions(
@@ -67,14 +77,19 @@ class TokenTable:
         self, folder: Path, split: str, info: dict[str, Any], fetch: Fetch | None = None
     ) -> None:
         """fetch: called with the names of files, below the corpus, before they are read."""
-        config = info["recipe"]["config"]
         self.folder, self.split = folder, split
-        self._bos_id: int | None = info["recipe"]["tokenizer"]["bos_id"]
-        self._keep_first = bool(config["keep_first"])
-        self.n_contexts = int(info["splits"][split]["contexts"])
-        self.n_rows = int(info["splits"][split]["rows"])
-        self.context_size = int(config["context_size"])
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+        try:
+            config = info["recipe"]["config"]
+            self._bos_id: int | None = info["recipe"]["tokenizer"]["bos_id"]
+            self._keep_first = bool(config["keep_first"])
+            self.n_contexts = _whole(info["splits"][split]["contexts"], 2**32)
+            self.n_rows = _whole(info["splits"][split]["rows"], 2**48)
+            self.context_size = _whole(config["context_size"], MOST_POSITIONS)
+            if self.context_size == 0 or type(self._bos_id) not in (int, type(None)):
+                raise ValueError(f"context_size {self.context_size}, bos_id {self._bos_id!r}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(folder, f"{CORPUS_JSON} lacks its sizes ({error})") from error
+        self._is_looked_at: set[str] = set()
         self._fetch, self._there = fetch, info["files"]
 
     def tokens(self, start: int, stop: int) -> NDArray[np.uint32]:
@@ -113,24 +128,67 @@ class TokenTable:
                 f"{self.folder} has {self.n_contexts}. Pass 0 <= start <= stop <= that."
             )
         path = self.folder / self.split / name
+        step, inner = chunk_contexts(self.context_size), self._inner(name)
+        chunks = range(start // step, -(-stop // step))
         try:
-            if name not in self._arrays:
-                self._have([f"{self.split}/{name}/zarr.json"])
-                self._arrays[name] = zarr.open_array(path, mode="r")
-            self._have(self._chunks(name, start, stop))
-            values = np.asarray(self._arrays[name][start:stop], dtype=np.uint32)
+            self._look_at(name)
+            if len(chunks) > len(self._there):  # before lists or arrays as long as that are made
+                raise ValueError(f"{CORPUS_JSON} lists fewer files than its sizes ask for")
+            files = [f"{self.split}/{name}/c/{i}" + "/0" * len(inner) for i in chunks]
+            missing = next((file for file in files if file not in self._there), None)
+            if missing is not None:
+                raise ValueError(f"{CORPUS_JSON} does not list {missing}")
+            self._have(files)
+            out = np.empty((stop - start, *inner), np.uint32)
+            for i, file in zip(chunks, files, strict=True):
+                values = self._decode(file, (step, *inner))
+                first, last = max(start, i * step), min(stop, (i + 1) * step)
+                out[first - start : last - start] = values[first - i * step : last - i * step]
         except SaePipeError:
             raise  # some are ValueErrors or OSErrors too: of a file that could not be fetched
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
-            # zarr and its codecs raise all of these for damaged bytes.
+        except (ValueError, OSError) as error:
             raise _damaged(self.folder, f"{path} cannot be read ({error})") from error
-        return values
+        return out
 
-    def _chunks(self, name: str, start: int, stop: int) -> list[str]:
-        """The files that hold a range."""
-        array = self._arrays[name]
-        numbers = range(start // array.chunks[0], -(-stop // array.chunks[0]))
-        return [f"{self.split}/{name}/c/{i}" + "/0" * (array.ndim - 1) for i in numbers]
+    def _inner(self, name: str) -> tuple[int, ...]:
+        return (self.context_size,) if name in ("tokens", "document") else ()
+
+    def _look_at(self, name: str) -> None:
+        """ValueError unless an array's metadata are those that are written, before its first chunk.
+
+        zarr-python is not asked: metadata may name any codec, and some of those unpickle.
+        """
+        if name in self._is_looked_at:
+            return
+        file, inner = f"{self.split}/{name}/zarr.json", self._inner(name)
+        self._have([file])
+        found = parse_plain_json(read_plain(self.folder, file, _METADATA_LIMIT_BYTES))
+        found = found if isinstance(found, dict) else {}
+        wanted = {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [self.n_contexts, *inner],
+            "data_type": "uint32",
+        }
+        wrong = [key for key, value in wanted.items() if found.get(key) != value]
+        codecs = found.get("codecs")
+        codecs = codecs if isinstance(codecs, list) else []
+        names = [each.get("name") for each in codecs if isinstance(each, dict)]
+        grid = {"chunk_shape": [chunk_contexts(self.context_size), *inner]}
+        chunks = found.get("chunk_grid")
+        if not isinstance(chunks, dict) or chunks.get("configuration") != grid:
+            wrong.append("chunk_grid")
+        if names != ["bytes", "zstd", "crc32c"]:
+            wrong.append("codecs")
+        if wrong:
+            raise ValueError(f"its zarr.json has another {' and '.join(wrong)} than is written")
+        self._is_looked_at.add(name)
+
+    def _decode(self, file: str, shape: tuple[int, ...]) -> NDArray[np.uint32]:
+        """The values of a chunk; memory is taken once its frame says that it holds so many."""
+        n_bytes = 4 * math.prod(shape)
+        frame = checked_frame(memoryview(read_plain(self.folder, file, packed_limit(n_bytes))))
+        return np.frombuffer(unpacked(frame, n_bytes), "<u4").reshape(shape)
 
     def _have(self, names: list[str]) -> None:
         if self._fetch is not None:
@@ -169,7 +227,9 @@ class Corpus:
         """Every recorded file is there with its size: one stat a file, so that opening is cheap."""
         for name, recorded in self.info["files"].items():
             try:
-                n_bytes = (self.path / name).stat().st_size
+                n_bytes = plain_size(self.path, name)
+            except SaePipeError:
+                raise
             except OSError:
                 raise _damaged(self.path, f"{name} is missing") from None
             if n_bytes != recorded["bytes"]:
@@ -187,18 +247,17 @@ class Corpus:
 
 
 def _read_info(path: Path) -> dict[str, Any]:
-    file = path / CORPUS_JSON
-    if not file.is_file():
+    if not (path / CORPUS_JSON).is_file():
         raise StoreError(
             f"{path} is not a token corpus: it has no {CORPUS_JSON}. "
             "Pass the `corpus` folder of a store that `sae-pipe harvest` wrote."
         )
     try:
-        if file.stat().st_size > INFO_LIMIT_BYTES:
-            raise ValueError("too large")
-        info: Any = json.loads(file.read_bytes())
+        info: Any = parse_plain_json(read_plain(path, CORPUS_JSON, INFO_LIMIT_BYTES))
         version = info["format"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except SaePipeError:
+        raise
+    except (ValueError, KeyError, TypeError, OSError):
         raise _damaged(path, f"{CORPUS_JSON} is not the JSON that was written") from None
     if isinstance(version, int) and version > CORPUS_FORMAT:
         raise StoreError(
@@ -207,7 +266,28 @@ def _read_info(path: Path) -> dict[str, Any]:
         )
     if info.get("digest") != corpus_digest(info):
         raise _damaged(path, f"{CORPUS_JSON} does not match its own digest")
+    try:
+        _check_files(info["files"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, f"{CORPUS_JSON} lists files that cannot be ({error})") from error
     return dict(info)
+
+
+def _check_files(files: dict[str, dict[str, Any]]) -> None:
+    """KeyError, TypeError or ValueError unless all are files below the corpus, with their records."""
+    for name, entry in files.items():
+        if not is_plain_name(name) or name == CORPUS_JSON:
+            raise ValueError(f"one named {name[:200]!r}")
+        _whole(entry["bytes"], 2**48)
+        if not is_sha256(entry["sha256"]):
+            raise ValueError(f"{name} without a SHA-256")
+
+
+def _whole(value: Any, most: int) -> int:
+    """A count; ValueError for anything else, true and false among it."""
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"a count of {str(value)[:40]}")
+    return value
 
 
 def _damaged(path: Path, what: str) -> StoreError:

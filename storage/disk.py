@@ -43,9 +43,14 @@ def link_tree(source: Path, target: Path) -> None:
     """
     unfinished = target.with_name(f".{target.name}.linking")
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(source, unfinished, copy_function=link_or_copy)
+    shutil.copytree(source, unfinished, copy_function=link_or_copy, ignore=_links)
     os.replace(unfinished, target)
     fsync_folder(target.parent)
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+    """Symbolic links, which may lead anywhere: no file of a store is one."""
+    return [name for name in names if Path(folder, name).is_symlink()]
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

@@ -13,19 +13,18 @@ Format: docs/store-format.md. Written by `storage/evalset_writer.py`.
 
 # N rows, I items, D d_in
 
-import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError, StoreError
+from .errors import InputError, SaePipeError, StoreError
 from .evalset_arrays import ACTIVATIONS, ARRAYS, Sizes, chunk_path, decode_chunk
-from .files import file_digest, is_sha256, json_digest
+from .files import file_digest, is_plain_name, is_sha256, json_digest, plain_size, read_plain
+from .plain_json import parse_plain_json
 
 FORMAT = "sae-pipe evaluation set"
 FORMAT_VERSION = 1
@@ -65,11 +64,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         what = what if path.is_dir() else f"There is no evaluation set at {path}"
         raise StoreError(f"{what}. Pass the folder that `sae-pipe eval-set build --out` wrote.")
     try:
-        size = file.stat().st_size
-        if size > MANIFEST_LIMIT_BYTES:
-            raise ValueError(f"it has {size:,} bytes, more than any manifest needs")
-        manifest = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        manifest = parse_plain_json(read_plain(path, MANIFEST, MANIFEST_LIMIT_BYTES))
+    except SaePipeError:
+        raise
+    except (ValueError, OSError) as error:
         raise damaged(path, f"{MANIFEST}: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StoreError(
@@ -307,7 +305,9 @@ class EvalSet:
         """Every recorded file is there with its size: one stat a file, so that opening is cheap."""
         for name, entry in self._files.items():
             try:
-                found = (self.path / name).stat().st_size
+                found = plain_size(self.path, name)
+            except SaePipeError:
+                raise
             except OSError:
                 raise damaged(self.path, f"{name} is missing") from None
             if found != entry["bytes"]:
@@ -352,8 +352,7 @@ def _task(entry: dict[str, Any]) -> Task:
 def _check_files(files: dict[str, dict[str, Any]], sizes: Sizes) -> None:
     """ValueError unless the files are those that the sizes ask for, all inside the folder."""
     for name, entry in files.items():
-        parts = PurePosixPath(name).parts
-        if name.startswith("/") or ".." in parts or not re.fullmatch(r"[A-Za-z0-9_./-]+", name):
+        if not is_plain_name(name) or name == MANIFEST:
             raise ValueError(f"it names the file {name!r}")
         if type(entry["bytes"]) is not int or entry["bytes"] < 1 or not is_sha256(entry["sha256"]):
             raise ValueError(f"file {name} has {entry!r}")

@@ -20,7 +20,9 @@ from .zarr_metadata import Metadata, array
 VECTOR_CHUNK = 1 << 20  # values of one chunk of a vector
 # float32 noise hardly packs: higher levels cost time and gain nothing.
 _ZSTD_LEVEL = 1
-_CHUNK_LIMIT_BYTES = 1 << 30
+_CHUNK_LIMIT_BYTES = 1 << 28
+_MOST_ITEMS = 1 << 27  # a vector of them is in memory as a whole: 1 GB of int64
+_MOST_TEXT_BYTES = 1 << 30
 
 ACTIVATIONS = "activations"
 
@@ -67,8 +69,8 @@ class Sizes:
                 raise ValueError(f"{name} is {value!r}")
         if self.chunk_rows * self.d_in * 4 > _CHUNK_LIMIT_BYTES:
             raise ValueError(f"a chunk of {self.chunk_rows} rows of {self.d_in} values")
-        if max(self.n_items, self.n_rows, self.text_bytes) >= 2**48:
-            raise ValueError("more rows, items or text than any disk holds")
+        if max(self.n_items, self.n_rows) > _MOST_ITEMS or self.text_bytes > _MOST_TEXT_BYTES:
+            raise ValueError("more rows, items or text than any set that is built")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of an array."""
@@ -125,17 +127,22 @@ def decode_chunk(file: Path, sizes: Sizes, name: str) -> NDArray[Any]:
     expected = int(np.prod(shape)) * dtype.itemsize
     if file.stat().st_size > zstd_limit(expected):
         raise ValueError("it is larger than its chunk can be")
-    frame = checked_frame(memoryview(file.read_bytes()))
+    data = unpacked(checked_frame(memoryview(file.read_bytes())), expected)
+    return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+
+
+def unpacked(frame: memoryview, n_bytes: int) -> bytes:
+    """What a zstd frame holds; ValueError, before memory is taken, unless that is n_bytes."""
     try:
         found = zstandard.frame_content_size(frame)
-        if found != expected:
-            raise ValueError(f"it holds {found:,} bytes instead of {expected:,}")
-        data = zstandard.ZstdDecompressor().decompress(frame, max_output_size=expected)
+        if found != n_bytes:
+            raise ValueError(f"it holds {found:,} bytes instead of {n_bytes:,}")
+        data = zstandard.ZstdDecompressor().decompress(frame, max_output_size=n_bytes)
     except zstandard.ZstdError as error:
         raise ValueError(f"it is not a zstd frame ({error})") from error
-    if len(data) != expected:
-        raise ValueError(f"it holds {len(data):,} bytes instead of {expected:,}")
-    return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+    if len(data) != n_bytes:
+        raise ValueError(f"it holds {len(data):,} bytes instead of {n_bytes:,}")
+    return data
 
 
 def zstd_limit(n_bytes: int) -> int:

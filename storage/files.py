@@ -6,12 +6,14 @@ import json
 import os
 import re
 import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
-from .errors import DiskError
+from .errors import DiskError, StoreError
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -82,6 +84,69 @@ def disk_error(error: OSError, path: Path) -> DiskError:
         f"{path} could not be written ({error.strerror or error}). "
         "Choose a folder that this user can write."
     )
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a text may name a file below a folder: parts of letters, digits and `._-`, none hidden.
+
+    So it leaves its folder on no system: there is no `..`, no root, no drive, no backslash, no NUL.
+    """
+    return isinstance(name, str) and len(name) <= 1000 and _NAME.fullmatch(name) is not None
+
+
+def plain_size(root: Path, name: str) -> int:
+    """Bytes of a file by its name below a folder, which may be anybody's.
+
+    Raises StoreError unless it is a plain file and no symbolic link leads to it: a link could lead
+    out of the folder, and a pipe or a device never end. OSError when it is missing.
+    """
+    place, parts = str(root), name.split("/")
+    for part in parts:
+        place = f"{place}/{part}"
+        found = os.lstat(place)
+        if stat.S_ISLNK(found.st_mode):
+            raise _not_plain(place, "a symbolic link")
+    if not stat.S_ISREG(found.st_mode):
+        raise _not_plain(place, "no plain file")
+    return found.st_size
+
+
+def check_no_link(root: Path, name: str) -> None:
+    """StoreError when a symbolic link would lead what is written below a folder somewhere else."""
+    place = str(root)
+    for part in name.split("/"):
+        place = f"{place}/{part}"
+        if os.path.islink(place):
+            raise StoreError(
+                f"{place} is a symbolic link, and nothing is written through one. Remove it, or pass "
+                "another place."
+            )
+
+
+def check_no_links(root: Path) -> None:
+    """`check_no_link` for everything that stands below a folder."""
+    for folder, folders, names in os.walk(root):
+        for name in (*folders, *names):
+            check_no_link(Path(folder), name)
+
+
+def _not_plain(place: str, what: str) -> StoreError:
+    return StoreError(
+        f"{place} is {what}, and only plain files are read. If you know where its folder comes "
+        "from, copy that with `cp -rL`, which puts files in the place of links."
+    )
+
+
+def read_plain(root: Path, name: str, limit_bytes: int) -> bytes:
+    """A file of bounded size by its name below a folder; ValueError when it is larger.
+
+    Raises StoreError as `plain_size` does, OSError when it cannot be read.
+    """
+    size = plain_size(root, name)
+    if size > limit_bytes:
+        raise ValueError(f"it has {size:,} bytes, and none needs more than {limit_bytes:,}")
+    with (root / name).open("rb") as file:
+        return file.read(size)
 
 
 def canonical_json(value: Any) -> bytes:

@@ -23,7 +23,9 @@ def sole_writer(folder: Path, what: str) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
+        # Not through a link, which would empty what it leads to.
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.fdopen(os.open(folder / ".lock", flags, 0o666), "a+")
     except OSError as error:
         raise disk_error(error, folder) from error
     with file:

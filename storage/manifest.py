@@ -5,20 +5,20 @@ when something larger than a shard changes; each sealed shard has a record of it
 `.commits/` until the store is complete, so that workers never write one file together.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from .address import Address, Place
 from .errors import StoreError
-from .files import json_digest, write_json
+from .files import json_digest, plain_size, write_json
 from .layout import Layout
+from .plain_json import parse_plain_json
 
 FORMAT = "sae-pipe activation store"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 COMMITS = ".commits"
-MANIFEST_LIMIT_BYTES = 1 << 28  # a store of 10 billion rows needs about 40 MB
+MANIFEST_LIMIT_BYTES = 1 << 27  # a store of 10 billion rows needs about 40 MB
 
 TOKENISING, HARVESTING, COMPLETE = "tokenising", "harvesting", "complete"
 # Complete but for the instant in which an extension puts its files to their places.
@@ -81,7 +81,7 @@ def checked_manifest(manifest: Any, path: Place) -> Manifest:
 
 def load_bounded_json(file: Path) -> Any:
     """JSON of a file of bounded size; StoreError when it is damaged."""
-    size = file.stat().st_size
+    size = plain_size(file.parent, file.name)
     if size > MANIFEST_LIMIT_BYTES:
         raise StoreError(
             f"{file} has {size:,} bytes, more than any manifest needs "
@@ -93,8 +93,8 @@ def load_bounded_json(file: Path) -> Any:
 def parse_json(data: bytes, file: str) -> Any:
     """JSON of a file's content; StoreError, naming the file, when it is damaged."""
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return parse_plain_json(data)
+    except ValueError as error:
         raise StoreError(
             f"{file} is damaged: it is not JSON ({error}). Fetch or harvest the store again."
         ) from error

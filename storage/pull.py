@@ -7,7 +7,6 @@ are as fair a sample as any. It keeps all held-out rows and tokens, has statisti
 and a digest of its own; the manifest says what it is a part of.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -26,10 +25,13 @@ from .corpus import CORPUS_JSON
 from .disk import check_room, human_bytes
 from .errors import InputError
 from .files import (
+    check_no_link,
     disk_error,
     file_digest,
     fsync_folder,
     is_leftover,
+    plain_size,
+    read_plain,
     remove_leftovers,
     temporary_name,
     write_json,
@@ -37,12 +39,16 @@ from .files import (
 )
 from .lock import sole_writer
 from .manifest import COMPLETE, MANIFEST, Manifest, content_digest, layout_of, read_manifest
+from .minisign import PublicKey
+from .plain_json import parse_plain_json
 from .repair import moments_of_rows
+from .signed import SIGNATURE, check_signature, signature_of
 from .store import open_store
 from .store_source import StoreSource, source_of
 from .verify import OTHER, SHARD, StoredFile, stored_files
 from .writer import write_vectors
 
+_BEGUN_LIMIT_BYTES = 4096
 BEGUN = ".pulling"  # names the store that a folder without a manifest is to become
 FILES_AT_ONCE = 4
 _LOST = "statistics/relative_error/c/0"  # cannot be counted anew without the original rows
@@ -84,12 +90,13 @@ def pull(
     target: Path,
     part: Part | None = None,
     *,
+    key: PublicKey | None = None,
     say: Say = print,
     open_bar: OpenBar = no_bar,
 ) -> None:
     """Fetch a complete store into a folder, or go on with that.
 
-    part: None for all. Raises InputError where something else stands at the target, StoreError for
+    part: None for all; key: who has to have signed it, None for anybody. Raises InputError where something else stands at the target, StoreError for
     a source that is missing, unfinished or damaged, DiskError before anything is written when the
     disk is too small, NetworkError when patience with a lost connection has ended.
     """
@@ -97,6 +104,10 @@ def pull(
         raise InputError(f"{source} cannot be copied into itself. Pass another place for the copy.")
     origin = source_of(source)
     try:
+        signature = signature_of(source)
+        if key is not None:
+            comment = check_signature(source, origin.data, signature, key)
+            say(f"{source} was signed with key {key.name}: {comment}.")
         n_shards = (part or Part()).shards_of(origin.manifest, source)
         job = _Pull(origin, target, n_shards)
         if job.is_complete():
@@ -105,6 +116,8 @@ def pull(
         with sole_writer(target, "Store"):
             remove_leftovers(target, deep=job.is_begun())
             job.run(open_bar)
+            if n_shards is None and signature is not None:
+                write_whole(target / SIGNATURE, signature)
     finally:
         origin.close()
     store = open_store(target)
@@ -155,7 +168,7 @@ class _Pull:
     def is_begun(self) -> bool:
         """Whether a pull of the same has begun in the folder."""
         try:
-            noted = json.loads((self._target / BEGUN).read_bytes())
+            noted = parse_plain_json(read_plain(self._target, BEGUN, _BEGUN_LIMIT_BYTES))
         except (OSError, ValueError):
             return False
         return bool(isinstance(noted, dict) and noted == self._identity)
@@ -168,7 +181,7 @@ class _Pull:
 
     def _has_size(self, file: StoredFile) -> bool:
         try:
-            return (self._target / file.name).stat().st_size == file.bytes
+            return plain_size(self._target, file.name) == file.bytes
         except OSError:
             return False
 
@@ -229,6 +242,7 @@ class _Pull:
                     job.cancel()
 
     def _fetch_one(self, file: StoredFile) -> None:
+        check_no_link(self._target, file.name)
         path = self._target / file.name
         temporary = temporary_name(path)
         try:

@@ -20,10 +20,12 @@ from .bar import Bar, OpenBar, no_bar
 from .card import CARD_LIMIT_BYTES, README, card, is_generated, own_readme
 from .disk import human_bytes
 from .errors import InputError, NetworkError, StoreError
-from .files import disk_error, file_digest
+from .files import disk_error, file_digest, plain_size
 from .manifest import MANIFEST, MANIFEST_LIMIT_BYTES, checked_manifest, parse_json
+from .minisign import LIMIT_BYTES
 from .remote import Link
 from .shard_cache import Cache
+from .signed import SIGNATURE, local_signature
 from .store_source import LocalSource
 from .verify import StoredFile, stored_files
 
@@ -56,13 +58,16 @@ def push(
         missing = job.missing(files, trust=is_there)
         total = sum(file.bytes for file in files)
         left = sum(file.bytes for file in missing)
-        if is_there == local.data and not missing:
+        signature = local_signature(source)
+        if is_there == local.data and not missing and _same_signature(link, signature):
             _send_card(link, local, say)
             say(f"{address} is complete: {len(files):,} files, as here. Nothing to do.")
             return
         with open_bar(total, total - left) as bar:
             job.send(missing, bar)
         _send_card(link, local, say)
+        if signature is not None:  # before what it is of: a reader who wants it finds it
+            link.put_bytes(signature, SIGNATURE)
         link.put_bytes(local.data, MANIFEST)
         job.forget()
     finally:
@@ -126,6 +131,16 @@ def _send_readme(link: Link, data: bytes, say: Say) -> None:
     link.put_bytes(data, README)
 
 
+def _same_signature(link: Link, signature: bytes | None) -> bool:
+    """Whether the signature that is here is there too; one that is there alone stays."""
+    if signature is None:
+        return True
+    try:
+        return link.read_small(SIGNATURE, LIMIT_BYTES) == signature
+    except FileNotFoundError:
+        return False
+
+
 class Sending:
     """Files of a local store on their way to an address."""
 
@@ -184,6 +199,7 @@ class Sending:
 
     def _check(self, file: StoredFile) -> None:
         try:
+            plain_size(self._root, file.name)
             is_same = file_digest(self._root / file.name) == file.sha256
         except OSError as error:
             raise StoreError(

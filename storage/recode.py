@@ -27,7 +27,7 @@ from .builder import StoreBuilder, is_begun
 from .codecs import Codec, get_codec
 from .disk import check_room, human_bytes, link_or_copy, link_tree
 from .errors import InputError
-from .files import is_leftover, remove_leftovers
+from .files import is_leftover, plain_size, remove_leftovers
 from .layout import Layout, default_chunk_rows
 from .lock import sole_writer
 from .manifest import COMPLETE, TOKENISING, read_manifest
@@ -268,8 +268,9 @@ class _Recode:
         if source.is_file() and not target.is_file():
             entry = recorded.get("tokenizer.json")
             if entry is not None:
+                plain_size(source.parent, source.name)
                 check_digest(source, entry["sha256"], self.store.place)
-            link_or_copy(source, target)
+                link_or_copy(source, target)
         if self.store.has_corpus and not (self.target / "corpus").is_dir():
             self.store.corpus.verify()
             link_tree(self.store.path / "corpus", self.target / "corpus")

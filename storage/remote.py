@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .address import Address
+from .bounded import Take, read_part
 from .errors import InputError, NetworkError, SaePipeError, StoreError
 from .hub_commits import commit, create, in_commits
 from .interrupts import INTERRUPTED
 from .remote_errors import FORBIDDEN, GONE, LOST, NO_CREDENTIALS, is_by_choice, kind_of, reason
+from .shown import shown as as_text
 from .unfinished import WaitEnded
 
 T = TypeVar("T")
@@ -44,7 +46,7 @@ def never() -> bool:
 
 def tell(line: str) -> None:
     """Say a line to the user, beside what a command prints."""
-    print(line, file=sys.stderr)
+    print(as_text(line), file=sys.stderr)
 
 
 class Refused(StoreError):
@@ -106,14 +108,37 @@ class Link:
         """
 
         def read() -> bytes:
-            data: bytes = self._system.cat_file(self.path(name), start=start, end=stop)
-            return data
+            pieces: list[bytes] = []
+            self._read(name, start, stop, pieces.append)
+            return b"".join(pieces)
 
-        data = self.try_until_it_works(name, read, is_stopped)
-        if len(data) > stop - start:  # a server that knows no ranges sends everything
-            self.has_ranges = False
-            data = data[start:stop]
-        return data
+        return self.try_until_it_works(name, read, is_stopped)
+
+    def stream(
+        self, name: str, n_bytes: int, write: Callable[[bytes, int], object], is_stopped: Stopped
+    ) -> None:
+        """A file of a server without ranges, from its beginning, never more of it than n_bytes.
+
+        write: given pieces, and where each stands. Raises as `read` does.
+        """
+
+        def read() -> None:
+            at = 0
+
+            def take(piece: bytes) -> None:
+                nonlocal at
+                write(piece, at)
+                at += len(piece)
+
+            self._read(name, 0, n_bytes, take)
+
+        self.try_until_it_works(name, read, is_stopped)
+
+    def _read(self, name: str, start: int, stop: int, take: Take) -> None:
+        protocol = self.address.protocol
+        has_ranges = read_part(self._system, protocol, self.path(name), start, stop, take)
+        if has_ranges is not None:
+            self.has_ranges = has_ranges
 
     def read_small(self, name: str, limit: int) -> bytes:
         """A whole file; StoreError when it has more than `limit` bytes."""
@@ -361,7 +386,11 @@ def _options(protocol: str) -> dict[str, Any]:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENCE_S)
-        options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
+        options["client_kwargs"] = {
+            "timeout": timeout,
+            "trust_env": True,
+            "auto_decompress": False,  # no file of a store is packed on its way
+        }
     elif protocol == "hf":
         del options["use_listings_cache"]
     return options

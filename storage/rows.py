@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from .codecs import Codec
 from .codecs.blosc import PLAIN
 from .errors import InputError, SaePipeError, StoreError
+from .files import plain_size
 from .layout import Layout
 from .manifest import EXTENDING, MANIFEST
-from .shard import checked_frame, index_bytes, parse_index
+from .shard import checked_frame, index_bytes, packed_limit, parse_index
 from .values import Floats, Rows
 
 _OPEN_FILES = 256
+MOST_FRAMES = 1 << 20  # of a shard: its index is 16 MB then
 
 # A slice, row numbers, or one boolean for each row.
 RowIndex = slice | NDArray[np.integer[Any]] | NDArray[np.bool_] | list[int]
@@ -49,6 +51,7 @@ class SplitReader:
         self.n_rows, self.d_in = layout.n_rows, layout.d_in
         self._columns = codec.columns(layout.d_in)
         self._frames_a_chunk = layout.d_in // self._columns
+        self._check_bounds()
         self._root, self._folder = root, root / split if split else root
         self._shards = shards
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -58,6 +61,17 @@ class SplitReader:
         self._indices: dict[int, NDArray[np.uint64]] = {}
         self._lock = threading.Lock()
         self._scratch = threading.local()
+
+    def _check_bounds(self) -> None:
+        """ValueError for sizes that ask for more memory than any store that is written."""
+        frames = self.layout.chunks_per_shard * self._frames_a_chunk
+        if frames > MOST_FRAMES:
+            raise ValueError(
+                f"a shard of {frames:,} frames, and none that is written has more than "
+                f"{MOST_FRAMES:,}"
+            )
+        chunk_bytes = self.layout.chunk_rows * self._columns * self.codec.stored.itemsize
+        self._most_frame_bytes = packed_limit(chunk_bytes)
 
     # --- rows ---
 
@@ -154,6 +168,8 @@ class SplitReader:
 
     def _frame(self, shard: int, entry: NDArray[np.uint64]) -> bytes:
         offset, length = (int(value) for value in entry)
+        if length > self._most_frame_bytes:
+            raise ValueError(f"a chunk of {length:,} bytes, more than one can have")
         data = os.pread(self._file(shard), length, offset)
         if len(data) != length:
             raise ValueError("it is shorter than its index says")
@@ -222,7 +238,9 @@ class SplitReader:
         for array, entry in record["files"].items():
             path = self.shard_path(shard, array)
             try:
-                size = path.stat().st_size
+                size = plain_size(self._root, path.relative_to(self._root).as_posix())
+            except SaePipeError:
+                raise  # of something that is no file
             except OSError as error:
                 raise self._damaged(shard, ValueError("it is missing"), array) from error
             if size != entry["bytes"]:
@@ -272,7 +290,11 @@ class SplitReader:
 
     def _plain_shard(self, array: str, shard: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         try:
-            frame = checked_frame(memoryview(self.shard_path(shard, array).read_bytes()))
+            file = self.shard_path(shard, array)
+            limit = packed_limit(self.layout.shard_rows * dtype.itemsize)
+            if file.stat().st_size > limit:
+                raise ValueError(f"it has more than the {limit:,} bytes that it can have")
+            frame = checked_frame(memoryview(file.read_bytes()))
             # Before memory is taken: a manifest may name any size.
             PLAIN.check_size(frame, self.layout.shard_rows * dtype.itemsize)
             values = np.empty(self.layout.shard_rows, dtype)

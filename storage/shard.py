@@ -62,6 +62,11 @@ def index_bytes(frames_per_shard: int) -> int:
     return 16 * frames_per_shard + CRC_BYTES
 
 
+def packed_limit(n_bytes: int) -> int:
+    """No frame of n bytes is longer, whatever its codec and however little it can be packed."""
+    return n_bytes + n_bytes // 64 + 4096
+
+
 def parse_index(tail: bytes, frames: int, file_bytes: int) -> NDArray[np.uint64]:
     """Offsets and lengths (frames, 2) of the first `frames` frames of a shard.
 

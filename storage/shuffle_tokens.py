@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .corpus import Corpus, TokenTable
-from .corpus_writer import chunk_contexts
+from .corpus import Corpus, TokenTable, chunk_contexts
 from .errors import InputError, StoreError
 from .shuffle_statistics import Ints, SeenPositions, pair_probability
 from .store import ActivationStore
@@ -34,27 +33,20 @@ class Contexts:
     @classmethod
     def of(cls, store: ActivationStore) -> "Contexts":
         corpus = store.recipe.get("corpus", {})
-        try:
-            size = int(corpus["config"]["context_size"])
-        except (KeyError, TypeError, ValueError):
-            size = 0
-        if size < 1:
+        if not isinstance(corpus, dict) or "context_size" not in corpus.get("config", {}):
             raise InputError(
                 f"Store {store.place} does not record its context size, so its rows' contexts are "
                 "unknown and its shuffle cannot be measured."
             )
+        size = store.context_size
         if corpus.get("source"):
             table = store.corpus.train
+            _check_reach(store, table.n_contexts, size)
             order_C = _text_order(store.corpus, table)
             return cls(table.n_contexts, size, order_C, table)
         # Without tokens the numbers of the contexts stand for the order of the text.
         n = _largest_source(store) // size + 1
-        if n * size > POSITIONS_A_ROW * max(store.n_rows, 1 << 20):
-            raise StoreError(
-                f"The source indices of {store.place} reach {n * size:,}, and it has "
-                f"{store.n_rows:,} rows: they are no positions of contexts of {size}. "
-                "Fetch or import the store again."
-            )
+        _check_reach(store, n, size)
         return cls(n, size, np.arange(n), None)
 
     def of_source(self, source: Ints) -> Ints:
@@ -78,6 +70,16 @@ def _text_order(corpus: Corpus, table: TokenTable) -> Ints:
         share_C[first:last] = (origin_C[first:last] - first + 0.5) / max(last - first, 1)
     order_C: Ints = np.argsort(share_C, kind="stable")
     return order_C
+
+
+def _check_reach(store: ActivationStore, n: int, size: int) -> None:
+    """StoreError when n contexts are more than rows can come from: a bit is kept of each position."""
+    if n * size > POSITIONS_A_ROW * max(store.n_rows, 1 << 20):
+        raise StoreError(
+            f"The source indices of {store.place} reach {n * size:,}, and it has "
+            f"{store.n_rows:,} rows: they are no positions of contexts of {size}. "
+            "Fetch or import the store again."
+        )
 
 
 def _largest_source(store: ActivationStore) -> int:

@@ -1,6 +1,7 @@
 """An activation store on disk, opened for reading."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 
 from .address import Address, Place, place
 from .codecs import Codec, codec_of
-from .corpus import Corpus
+from .corpus import MOST_POSITIONS, Corpus
 from .errors import InputError, StoreError
+from .files import is_sha256, plain_size
 from .layout import Layout
 from .loader import BatchLoader
 from .manifest import (
@@ -27,6 +29,9 @@ from .manifest import (
 from .rows import RowIndex, SplitReader
 from .shard import CRC_BYTES, checked_frame
 from .values import Floats
+from .verify import wrong_in_manifest
+
+_ERROR = "statistics/relative_error"  # infinite where an error meets no spread
 
 
 class HeldOut:
@@ -85,7 +90,8 @@ class ActivationStore:
             self.heldout = HeldOut(self._reader("heldout", "heldout"))
             self.recipe: dict[str, Any] = manifest["recipe"]
             self.digest = self._identify()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self._check_manifest()
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StoreError(
                 f"The manifest of {self.place} is damaged or names what this sae-pipe does not know "
                 f"({error}). Fetch or harvest the store again."
@@ -98,8 +104,20 @@ class ActivationStore:
 
     def _identify(self) -> str:
         """The digest; KeyError, TypeError or ValueError for a manifest that cannot be."""
-        assert self.mean_squared_norm is not None
+        norm = self.manifest["statistics"]["mean_squared_norm"]
+        if type(norm) not in (int, float) or not 0 <= norm < math.inf:
+            raise ValueError(f"a mean squared norm of {norm!r}")
+        if not is_sha256(self.manifest["digest"]):
+            raise ValueError("its digest is no SHA-256")
         return str(self.manifest["digest"])
+
+    def _check_manifest(self) -> None:
+        """ValueError for a manifest that is not the one that was written: what the digest covers,
+        and by what it covers the codec and the statistics, by which a fit scales rows.
+        """
+        what = wrong_in_manifest(self.path, self.manifest)
+        if what is not None:
+            raise ValueError(what)
 
     @cached_property
     def mean_squared_norm(self) -> float:
@@ -219,12 +237,12 @@ class ActivationStore:
     def context_size(self) -> int:
         """Positions of a context: what divides a source index into context and position."""
         try:
-            size = int(self.recipe["corpus"]["config"]["context_size"])
-        except (KeyError, TypeError, ValueError):
+            size = self.recipe["corpus"]["config"]["context_size"]
+        except (KeyError, TypeError):
             size = self.corpus.train.context_size
-        if size < 1:
+        if type(size) is not int or not 1 <= size <= MOST_POSITIONS:
             raise StoreError(
-                f"The manifest of {self.place} is damaged: its contexts have {size} positions. "
+                f"The manifest of {self.place} is damaged: its contexts have {size!r} positions. "
                 "Fetch or harvest the store again."
             )
         return size
@@ -247,15 +265,18 @@ class ActivationStore:
         """
         if not self._codec.is_lossy:
             return np.zeros(self.d_in)
-        return self._vector("statistics/relative_error")
+        return self._vector(_ERROR)
 
     def _vector(self, name: str) -> NDArray[np.float64]:
         file = self.file(f"{name}/c/0")
         try:
-            if file.stat().st_size != 8 * self.d_in + CRC_BYTES:
+            if plain_size(self.path, f"{name}/c/0") != 8 * self.d_in + CRC_BYTES:
                 raise ValueError("its size is wrong")
             data = file.read_bytes()
             frame = checked_frame(memoryview(data))
+            vector_D = np.frombuffer(frame, dtype="<f8").astype(np.float64)
+            if name != _ERROR and not np.isfinite(vector_D).all():
+                raise ValueError("it holds numbers that are none")
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"{file} is damaged ({error}). Run `sae-pipe store repair {self.path}`: it makes "
@@ -267,7 +288,7 @@ class ActivationStore:
                 f"{file} is not the one that was there when {self.place} was opened: the store was "
                 "extended or repaired since. Open it again."
             )
-        return np.frombuffer(frame, dtype="<f8").astype(np.float64)
+        return vector_D
 
     def file(self, name: str) -> Path:
         """A file of the store by its name below it, such as tokenizer.json; it need not be there."""

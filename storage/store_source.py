@@ -12,6 +12,7 @@ from typing import Protocol
 
 from .address import Address, Place
 from .errors import StoreError
+from .files import plain_size, read_plain
 from .manifest import (
     COMPLETE,
     MANIFEST,
@@ -136,7 +137,9 @@ class RemoteSource:
             fetch(0)  # it tells whether the server knows ranges
             starts = starts[1:]
             if not self.link.has_ranges:
-                write_at(part, self.link.read(record.name, 0, record.bytes, is_stopped), 0)
+                self.link.stream(
+                    record.name, record.bytes, lambda data, at: write_at(part, data, at), is_stopped
+                )
                 return
         try:
             jobs = [self.link.pool.submit(fetch, start) for start in starts]
@@ -168,14 +171,16 @@ class LocalSource:
         manifest = read_manifest(path)
         finish = f"Run the `sae-pipe {began_by(manifest)}` command that began it once more."
         self.manifest = _checked(manifest, path, finish)
-        self.data = (path / MANIFEST).read_bytes()
+        self.data = read_plain(path, MANIFEST, MANIFEST_LIMIT_BYTES)
 
     def download(self, record: StoredFile, part: int, is_stopped: Stopped = never) -> None:
         """Copy a file to a descriptor, its bytes checked."""
         digest, place = hashlib.sha256(), 0
         try:
+            if plain_size(self.place, record.name) != record.bytes:
+                raise self._refused(record, "has another size than the manifest records")
             with (self.place / record.name).open("rb", buffering=0) as file:
-                while data := file.read(_COPY_BYTES):
+                while place < record.bytes and (data := file.read(_COPY_BYTES)):
                     digest.update(data)
                     write_at(part, data, place)
                     place += len(data)

@@ -68,6 +68,9 @@ class _Unfinished(ActivationStore):
     def _identify(self) -> str:
         return content_digest(self.manifest)
 
+    def _check_manifest(self) -> None:
+        """Its digest and statistics come with its end."""
+
     def _vector(self, name: str) -> NDArray[np.float64]:
         if not (self.path / name / "c" / "0").is_file():
             raise StoreError(

@@ -4,6 +4,7 @@ Works where `open_store` refuses, because that is when it is needed: a shard may
 another size. Only manifest.json has to be readable, and it is checked against its own digest.
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from .address import Address, Place
 from .codecs import codec_of, get_codec
 from .corpus import CORPUS_JSON, Corpus
 from .errors import SaePipeError, StoreError
-from .files import is_sha256
+from .files import is_plain_name, is_sha256, plain_size, read_plain
 from .manifest import (
     COMMITS,
     COMPLETE,
@@ -37,6 +38,7 @@ from .manifest import (
 from .shard import CRC_BYTES
 
 _READ_BYTES = 1 << 20
+_VECTOR_LIMIT_BYTES = 1 << 26  # d_in of 8 million
 SPLITS = {"train": "", "heldout": "heldout"}
 SHARD, TOKENS, OTHER, RECORD = "shard", "tokens", "other", "record"
 
@@ -88,12 +90,16 @@ def stored_files(path: Path, manifest: Manifest) -> list[StoredFile]:
         for name, entry in manifest.get("files", {}).items():
             kind = TOKENS if name.startswith("corpus/") else OTHER
             files.append(_recorded(name, kind, entry))
+        files = [*_token_files(path), *files]
+        names = {file.name for file in files}
+        if len(names) < len(files):
+            raise ValueError("a file is recorded twice")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(
             f"The manifest of {path} is damaged: what it records of its files cannot be ({error}). "
             "Fetch or harvest the store again."
         ) from error
-    return [*_token_files(path), *files]
+    return files
 
 
 def _shard_files(path: Path, manifest: Manifest) -> Iterator[StoredFile]:
@@ -130,9 +136,10 @@ def _files_of_record(
 
 
 def _recorded(name: str, kind: str, entry: Any, **of_shard: Any) -> StoredFile:
-    given = PurePosixPath(name)
-    if given.is_absolute() or ".." in given.parts or not given.parts:
-        raise ValueError(f"a file named {name!r}, which is not inside the store")
+    if not is_plain_name(name):
+        raise ValueError(f"a file named {name[:200]!r}, which is not inside the store")
+    if name == MANIFEST:
+        raise ValueError("the manifest itself")
     if type(entry["bytes"]) is not int or entry["bytes"] < 0 or not is_sha256(entry["sha256"]):
         raise ValueError(f"{name} is recorded as {entry!r}")
     return StoredFile(
@@ -170,7 +177,7 @@ def wrong_in_manifest(path: Path, manifest: Manifest) -> str | None:
         if codec_of(manifest).spelling != _asked_codec(manifest):
             return f"it names the codec {manifest['codec']}, and its recipe another one"
         return _wrong_statistics(path, manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         return f"it lacks what every store has, or has it in another form ({error})"
     return None
 
@@ -186,21 +193,23 @@ def _wrong_statistics(path: Path, manifest: Manifest) -> str | None:
     """
     vectors = []
     for name in ("statistics/mean/c/0", "statistics/variance/c/0"):
-        entry, file = manifest["files"][name], path / name
+        entry = manifest["files"][name]
         try:
-            data = file.read_bytes() if file.stat().st_size == entry["bytes"] else b""
-        except OSError:
+            data = read_plain(path, name, _VECTOR_LIMIT_BYTES)
+        except (OSError, ValueError):
             return None
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             return None
         vectors.append(np.frombuffer(data[:-CRC_BYTES], "<f8"))
     mean, variance = vectors
     given = manifest["statistics"]
-    for name, value in (
-        ("mean_squared_norm", float((mean**2 + variance).sum())),
-        ("norm_of_mean", float((mean**2).sum() ** 0.5)),
-        ("total_variance", float(variance.sum())),
-    ):
+    with np.errstate(all="ignore"):  # of numbers that are none, which the comparison finds
+        sums = {
+            "mean_squared_norm": float((mean**2 + variance).sum()),
+            "norm_of_mean": float((mean**2).sum() ** 0.5),
+            "total_variance": float(variance.sum()),
+        }
+    for name, value in sums.items():
         # Sums of another processor may differ in their last digits.
         if not math.isclose(given[name], value, rel_tol=1e-9, abs_tol=1e-300):
             return f"it gives {name} as {given[name]!r}, and statistics/ says {value!r}"
@@ -233,6 +242,10 @@ def content_below(folder: Path) -> Content:
 
     def content(file: StoredFile) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(_READ_BYTES))
+        try:
+            plain_size(folder, file.name)
+        except StoreError as error:
+            raise OSError(errno.ELOOP, "a symbolic link, or no plain file") from error
         with (folder / file.name).open("rb", buffering=0) as opened:
             while n := opened.readinto(buffer):
                 yield buffer[:n]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from sae_pipe.pipeline.cli import app
 from sae_pipe.storage import ActivationStore, DiskError, StoreError, open_store
 from sae_pipe.storage.lock import sole_writer
+from sae_pipe.storage.manifest import content_digest
 from sae_pipe.storage.shard import crc32c, index_bytes
 from sae_pipe.storage.verify import wrong_in_manifest
 
@@ -178,14 +179,16 @@ def test_a_shard_size_that_lies_takes_no_memory(
     copy = damaged_copy(small_store, tmp_path)
     manifest = json.loads((copy / "manifest.json").read_text())
     split = manifest["train"]
-    split["layout"] |= {"n_rows": 1024, "shard_rows": 1 << 46, "block_rows": 1 << 46}
+    split["layout"] |= {"n_rows": 1024, "shard_rows": 1 << 27, "block_rows": 1 << 27}
     split["shards"] = split["shards"][:1]
+    manifest["statistics"]["rows"] = 1024
+    manifest["digest"] = content_digest(manifest)
     (copy / "manifest.json").write_text(json.dumps(manifest))
     store = open_store(copy)
     for read, file, what in (
         (store.read, "activations/c/0/0", "it is smaller than the index of its chunks"),
-        (store.source, "source/c/0", f"frame holds 8192 bytes where {1 << 49} belong"),
-        (store.masked, "masked/c/0", f"frame holds 1024 bytes where {1 << 46} belong"),
+        (store.source, "source/c/0", f"frame holds 8192 bytes where {1 << 30} belong"),
+        (store.masked, "masked/c/0", f"frame holds 1024 bytes where {1 << 27} belong"),
     ):
         message = f"Shard 0 of {copy} is damaged: {file}: {what}. {repairs(copy)}"
         with pytest.raises(StoreError, match=f"^{re.escape(message)}$"):

@@ -9,7 +9,6 @@ version: the same is not computed again. What is not defined is null, never NaN.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +18,7 @@ from typing import Any
 from ...storage import provenance
 from ...storage.errors import InputError, StoreError
 from ...storage.files import canonical_json, disk_error, write_json
+from ...storage.plain_json import parse_plain_json
 from ..metrics.base import Value
 
 FORMAT, FORMAT_VERSION = "sae-pipe evaluation", 1
@@ -203,12 +203,12 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LIMIT_BYTES:
             raise ValueError("it is too large")
-        content: dict[str, Any] = dict(json.loads(path.read_bytes()))
+        content: dict[str, Any] = dict(parse_plain_json(path.read_bytes()))
     except FileNotFoundError:
         raise StoreError(f"There is no result at {path}. Pass a file that exists.") from None
     except OSError as error:
         raise disk_error(error, path) from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise StoreError(
             f"Result {path} is damaged: it is not JSON ({error}). "
             "Remove it and run `sae-pipe eval` again."

@@ -6,7 +6,6 @@ Nothing here is trusted: sizes are checked against the files before memory is ta
 parsed and never executed, and no name in a file leads out of its folder.
 """
 
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...storage.errors import InputError
+from ...storage.plain_json import parse_plain_json
 from ..sources.files import file_identity
 
 Json = dict[str, Any]
@@ -234,8 +234,8 @@ def read_json(path: Path, limit_bytes: int = HEADER_LIMIT_BYTES) -> Json:
     try:
         if path.stat().st_size > limit_bytes:
             raise ValueError(f"it has more than {limit_bytes:,} bytes")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_plain_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object. Fetch it again.")

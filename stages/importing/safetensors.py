@@ -6,13 +6,13 @@ without torch.
 """
 
 import fnmatch
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...storage.errors import InputError
+from ...storage.plain_json import parse_plain_json
 from .base import (
     HEADER_LIMIT_BYTES,
     RawInput,
@@ -74,9 +74,9 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(HEADER_LIMIT_BYTES, size - 8):
                 raise ValueError(f"its header claims {length:,} of {size:,} bytes")
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: dict[str, Any] = parse_plain_json(file.read(length))
         header.pop("__metadata__", None)
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is no .safetensors file that can be read ({error}). Fetch it again."
         ) from error

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from ...storage.errors import InputError
 from .base import RawRows, RowInput, check_shape, only_member, read_json
 
-_CODECS = {"blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd", "shuffle", "delta", "bytes"} | {
+# Without bz2 and lzma, which pack a million bytes of one kind into one.
+_CODECS = {"blosc", "gzip", "lz4", "zlib", "zstd", "shuffle", "delta", "bytes"} | {
     "crc32",
     "crc32c",
     "adler32",
@@ -28,6 +29,7 @@ _CODECS = {"blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd", "shuffle", "de
 }
 _FLOATS = {"f2": "float16", "f4": "float32", "f8": "float64"}
 _MOST_BYTES_TOGETHER = 1 << 30
+_METADATA_BYTES = 1 << 22
 _METADATA = ("zarr.json", ".zarray")
 
 
@@ -57,15 +59,34 @@ class ZarrInput(RowInput):
                 f"({_MOST_BYTES_TOGETHER:,}). Write it again with smaller chunks."
             )
         try:
-            self._array: Any = zarr.open_array(folder, mode="r")
+            # Of the metadata that were looked at, should those of another version be there too.
+            is_third = (folder / "zarr.json").is_file()
+            self._array: Any = zarr.open_array(folder, mode="r", zarr_format=3 if is_third else 2)
             missing = _missing(self._array)
+            self._check_lengths()
         except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
             raise _unreadable(folder, error) from error
         if missing:
             raise InputError(
                 f"Array {folder} lacks {missing:,} of its chunks, which would be read as its fill "
                 "value. Fetch them."
             )
+
+    def _check_lengths(self) -> None:
+        """InputError for a file that is longer than its chunks, packed or not, can be."""
+        unit = self._array.shards or self._array.chunks
+        n_bytes = math.prod(unit) * self._array.dtype.itemsize
+        limit = n_bytes + n_bytes // 8 + _METADATA_BYTES
+        for file, name in self.files():
+            if file.is_symlink():
+                raise InputError(f"{file} is a symbolic link, and only plain files are read.")
+            if file.stat().st_size > limit:
+                raise InputError(
+                    f"Array {self._folder} has {name} of {file.stat().st_size:,} bytes, and what it "
+                    f"holds takes at most {limit:,}. Fetch it again."
+                )
 
     @classmethod
     def takes(cls, path: Path) -> bool:
@@ -110,7 +131,7 @@ class ZarrInput(RowInput):
             first = group * self._slices_together
             try:
                 part = self._array[first : first + self._slices_together]
-            except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+            except (ValueError, TypeError, KeyError, OSError, RuntimeError, MemoryError) as error:
                 raise _unreadable(self._folder, error) from error
             values = np.asarray(part).reshape(-1, self.d_in)
             out[here] = values[rows_R[here] - group * self.rows_together]
@@ -156,8 +177,12 @@ def _checked_v3(folder: Path, meta: dict[str, Any]) -> tuple[list[int], list[int
     _check_codecs(folder, [codec["name"] for codec in codecs])
     for codec in codecs:
         if codec["name"] == "sharding_indexed":
-            chunk = codec["configuration"]["chunk_shape"]
-            _check_codecs(folder, [inner["name"] for inner in codec["configuration"]["codecs"]])
+            inside = codec["configuration"]
+            chunk = inside["chunk_shape"]
+            names = [each["name"] for each in [*inside["codecs"], *inside.get("index_codecs", [])]]
+            _check_codecs(folder, names)
+            if "sharding_indexed" in names:
+                raise TypeError("shards inside shards")
     return _sizes(meta["shape"]), _sizes(chunk), str(number_format)
 
 

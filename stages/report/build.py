@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from ...storage import provenance
-from ...storage.printable import printable
+from ...storage.shown import shown
 from ..compare import Comparison
 from ..compare.choose import Judgement
 from ..compare.grid import GridRow, grids
@@ -200,7 +200,7 @@ def _shown(value: Any) -> Any:
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     kept = re.split("([\n\N{NO-BREAK SPACE}])", value)
-    return "".join(part if place % 2 else printable(part) for place, part in enumerate(kept))
+    return "".join(part if place % 2 else shown(part) for place, part in enumerate(kept))
 
 
 def kept_together(text: str) -> str:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...storage.printable import printable
+from ...storage.shown import shown
 from ..latents import LatentView, ShadedContext
 
 LEVELS = 9
@@ -93,4 +93,4 @@ def level_of(value: float, largest: float) -> int:
 
 def visible(tokens: Sequence[str]) -> str:
     """Texts of tokens joined, with line breaks as a sign, so that a context is one paragraph."""
-    return printable("".join(tokens).replace("\r\n", NEWLINE).replace("\n", NEWLINE))
+    return shown("".join(tokens).replace("\r\n", NEWLINE).replace("\n", NEWLINE))

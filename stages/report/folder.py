@@ -5,7 +5,6 @@ index.html           the page
 latents/NAME.html    a page of latents for each SAE
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from ...storage import provenance
 from ...storage.errors import InputError
 from ...storage.files import disk_error, remove_leftovers, write_json, write_whole
+from ...storage.plain_json import parse_plain_json
 
 FORMAT, FORMAT_VERSION = "sae-pipe report", 1
 MARKER, INDEX, LATENTS = "report.json", "index.html", "latents"
@@ -85,8 +85,8 @@ def _marker(out: Path) -> dict[str, Any] | None:
     try:
         if not file.is_file() or file.stat().st_size > _LIMIT_BYTES:
             return None
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        found = parse_plain_json(file.read_bytes())
+    except ValueError:
         return None
     return found if isinstance(found, dict) and found.get("format") == FORMAT else None
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
 
-from ...storage.printable import printable
+from ...storage.shown import shown
 
 # Stand-in -> variable of style.css. Series colours repeat after the last.
 N_SERIES = 8
@@ -110,7 +110,7 @@ def _embedded(source: str, name: str, title: str, description: str) -> str:
     root.attrib |= {"class": "plot", "role": "img", "aria-labelledby": f"{name}-t {name}-d"}
     for place, (tag, text) in enumerate((("title", title), ("desc", description))):
         element = ElementTree.Element(tag, {"id": f"{name}-{tag[0]}"})
-        element.text = printable(text)
+        element.text = shown(text)
         root.insert(place, element)
     return ElementTree.tostring(root, encoding="unicode")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...storage.errors import StoreError
 from ...storage.files import write_json, write_whole
-from ..plain_json import parse_plain_json
+from ...storage.plain_json import parse_plain_json
 from . import ARCHITECTURES, get_architecture
 from .base import Sae
 
@@ -133,7 +133,7 @@ def rebuild_sae(section: Any) -> Sae:
         architecture = get_architecture(options.pop("architecture"))
         sizes = [options[name] for name in ("d_in", "d_sae", "k")]
         given = sizes if sizes[2] is not None else sizes[:2]  # k: of those that have one
-        if any(type(size) is not int or size < 1 for size in given):
+        if any(type(size) is not int or not 0 < size < 2**31 for size in given):
             raise ValueError(f"sizes {sizes}")
         _check_types(architecture, options)
         with torch.device("meta"):

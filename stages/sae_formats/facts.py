@@ -138,7 +138,7 @@ def _put(config: Json, path: tuple[str, ...], value: Any) -> None:
         return
     *sections, name = path
     for each in sections:
-        config = config.setdefault(each, {})
+        config[each] = config = section(config, each)
     config[name] = value
 
 

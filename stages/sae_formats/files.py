@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...storage.errors import InputError
-from ..plain_json import parse_plain_json
+from ...storage.plain_json import parse_plain_json
 from ..sae.weights import CONFIG_LIMIT_BYTES
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -110,8 +110,8 @@ def read_pt(file: Path, shapes: Shapes) -> dict[str, Tensor]:
     _check_archive(file)
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a hostile pickle provokes
-        reason = str(error).strip().split("\n")[0][:200]
+    except Exception as error:  # whatever a hostile pickle provokes; torch then says how to run it
+        reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
         raise InputError(
             f"{file} was not loaded: it holds something other than plain tensors, or is damaged "
             f"({type(error).__name__}: {reason})."

@@ -18,6 +18,7 @@ from .files import file_identity
 # A longer line is not a document: mostly one JSON array under the wrong name.
 _MAX_LINE_BYTES = 256 * 2**20
 _READ_BYTES = 256 * 1024
+_PIECE_BYTES = 4096  # of zstd, decompressed at once: 128 MiB at the very most
 
 
 class JsonlReader:
@@ -136,12 +137,16 @@ def _decompressed(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         frame, started = context.decompressobj(), False
         while data := file.read(_READ_BYTES):
-            while data:
-                yield frame.decompress(data)
-                started, data = True, b""
-                if frame.eof:
-                    data = frame.unused_data
-                    frame, started = context.decompressobj(), False
+            # In small pieces: zstd packs up to 32,768 bytes of one kind into one.
+            pieces = [data[at : at + _PIECE_BYTES] for at in range(0, len(data), _PIECE_BYTES)]
+            for piece in pieces:
+                while piece:
+                    yield frame.decompress(piece)
+                    started, rest = True, b""
+                    if frame.eof:
+                        rest = frame.unused_data
+                        frame, started = context.decompressobj(), False
+                    piece = rest
         if started:
             raise EOFError("the last Zstandard frame is not complete")
 

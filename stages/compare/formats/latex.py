@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from ....storage.printable import printable
+from ....storage.shown import shown
 from ..grid import Grid, Text, grids
 from ..notes import notes
 from ..table import Comparison
@@ -64,4 +64,4 @@ def _cell(cell: Text) -> str:
 
 def escaped(text: str) -> str:
     """Text that LaTeX sets as it is."""
-    return _SPECIAL.sub(lambda found: _ESCAPES[found[0]], printable(text))
+    return _SPECIAL.sub(lambda found: _ESCAPES[found[0]], shown(text))

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from ....storage.printable import printable
+from ....storage.shown import shown
 from ..grid import Grid, Text, grids
 from ..notes import notes
 from ..table import Comparison
@@ -35,4 +35,4 @@ def _cell(cell: Text) -> str:
 
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is, in a cell of a table too."""
-    return _SPECIAL.sub(r"\\\1", printable(text))
+    return _SPECIAL.sub(r"\\\1", shown(text))

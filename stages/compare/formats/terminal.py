@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from ....storage.printable import printable
+from ....storage.shown import shown
 from ..grid import Grid, Text, grids
 from ..notes import notes
 from ..table import Comparison
@@ -15,7 +15,7 @@ def render(comparison: Comparison) -> str:
     """Tables, then the notes."""
     blocks = ["\n".join(_lines(grid)) for grid in grids(comparison)]
     wrapped = [
-        textwrap.fill(printable(note), _WIDTH, initial_indent="* ", subsequent_indent="  ")
+        textwrap.fill(shown(note), _WIDTH, initial_indent="* ", subsequent_indent="  ")
         for note in _starred(notes(comparison))
     ]
     return "\n\n".join([*blocks, "\n".join(wrapped)]) + "\n"
@@ -30,19 +30,19 @@ def _starred(sentences: Sequence[str]) -> list[str]:
 
 def _lines(grid: Grid) -> Iterator[str]:
     rows = [[_plain(cell) for cell in row.cells] for row in grid.rows]
-    header = [printable(name) for name in grid.header]
+    header = [shown(name) for name in grid.header]
     # A column for stars, so that digits stand below digits.
     header = [name + " " for name in header]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     if grid.title:
-        yield printable(grid.title)
+        yield shown(grid.title)
     yield _line(header, widths)
     yield "  ".join("-" * (width - 1) + " " for width in widths).rstrip()
     yield from (_line(row, widths) for row in rows)
 
 
 def _plain(cell: Text) -> str:
-    return printable(cell.text) + ("*" if cell.is_bold else " ")
+    return shown(cell.text) + ("*" if cell.is_bold else " ")
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -1,5 +1,0 @@
-"""The former name of `shown`."""
-
-from .shown import shown as printable
-
-__all__ = ["printable"]

@@ -1,0 +1,244 @@
+"""Servers that send what was not asked for: no more is taken than the manifest allows."""
+
+import gzip
+import json
+import re
+import shutil
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from sae_pipe.pipeline.cli import app
+from sae_pipe.storage import ActivationStore, StoreError, open_store
+from sae_pipe.storage.address import place
+from sae_pipe.storage.pull import pull
+
+pytest.importorskip("aiohttp")
+
+PIECE = bytes(1 << 20)
+ENDLESS = 1 << 31  # what a body without end has sent at most, so that a mistake does not hang
+
+
+class Sent:
+    """How many bytes of bodies a server has sent."""
+
+    def __init__(self) -> None:
+        self.n_bytes, self._lock = 0, threading.Lock()
+
+    def add(self, n: int) -> None:
+        with self._lock:
+            self.n_bytes += n
+
+
+Answer = Callable[[BaseHTTPRequestHandler, bytes, Sent], bool]
+
+
+@contextmanager
+def serving(folder: Path, answer: Answer) -> Iterator[tuple[str, Sent]]:
+    """A web server of a folder; answer: given the request and the file, whether it has answered."""
+    sent = Sent()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self._plain(False)
+
+        def do_GET(self) -> None:
+            file = folder / self.path.lstrip("/")
+            try:
+                if not file.is_file():
+                    self.send_error(404)
+                elif not answer(self, file.read_bytes(), sent):
+                    self._plain(True)
+            except (BrokenPipeError, ConnectionResetError):
+                self.close_connection = True
+
+        def _plain(self, with_body: bool) -> None:
+            file = folder / self.path.lstrip("/")
+            data = file.read_bytes() if file.is_file() else b""
+            found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            part = data[int(found[1]) : int(found[2]) + 1] if found else data
+            self.send_response(206 if found else 200)
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            if with_body:
+                self.wfile.write(part)
+                sent.add(len(part))
+
+        def log_message(self, *args: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/acts.zarr", sent
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def endless(
+    request: BaseHTTPRequestHandler, sent: Sent, begin: bytes = b"", status: int = 200
+) -> None:
+    """A body that does not end, after some bytes that may be right."""
+    request.send_response(status)
+    request.send_header("Connection", "close")
+    request.end_headers()
+    request.close_connection = True
+    request.wfile.write(begin)
+    while sent.n_bytes < ENDLESS:
+        request.wfile.write(PIECE)
+        sent.add(len(PIECE))
+
+
+def only(name: str, act: Callable[[BaseHTTPRequestHandler, bytes, Sent], object]) -> Answer:
+    """An answer that is special for one file."""
+
+    def answer(request: BaseHTTPRequestHandler, data: bytes, sent: Sent) -> bool:
+        if not request.path.endswith(name):
+            return False
+        act(request, data, sent)
+        return True
+
+    return answer
+
+
+@pytest.fixture
+def folder(small_store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SAE_PIPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    shutil.copytree(small_store.path, tmp_path / "web/acts.zarr")
+    return tmp_path / "web"
+
+
+def peak_bytes(act: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_manifest_without_end_is_given_up_at_its_limit(folder: Path) -> None:
+    def refused() -> None:
+        with pytest.raises(
+            StoreError, match=r"manifest\.json has more than 134,217,728 bytes, which "
+        ):
+            open_store(address)
+
+    with serving(folder, only("manifest.json", lambda r, data, sent: endless(r, sent))) as (
+        address,
+        sent,
+    ):
+        assert peak_bytes(refused) < 3 * (1 << 27)
+    assert sent.n_bytes < (1 << 27) + (64 << 20)  # what sockets hold beyond what was read
+
+
+@pytest.mark.parametrize("status", [200, 206])
+def test_a_shard_without_end_is_cut_at_its_recorded_size_and_refused(
+    folder: Path, tmp_path: Path, status: int
+) -> None:
+    """One that ignores ranges, and one that claims to know them."""
+    spoil = only("activations/c/1/0", lambda r, data, sent: endless(r, sent, b"", status))
+
+    def refused() -> None:
+        with pytest.raises(StoreError, match=message):
+            pull(place(address), tmp_path / "back.zarr", say=lambda line: None)
+
+    with serving(folder, spoil) as (address, sent):
+        message = (
+            rf"^{address}/activations/c/1/0 has other bytes than the manifest records, also when it "
+            r"is asked for again\. Push or harvest the store again\.$"
+        )
+        assert peak_bytes(refused) < 64 << 20
+    assert sent.n_bytes < 128 << 20
+    assert not list((tmp_path / "back.zarr").rglob("*.tmp"))
+    assert not (tmp_path / "back.zarr/manifest.json").exists()
+
+
+def test_right_bytes_with_more_behind_them_are_the_file(
+    folder: Path, small_store: ActivationStore
+) -> None:
+    longer = only("activations/c/1/0", lambda r, data, sent: endless(r, sent, data))
+    with serving(folder, longer) as (address, _):
+        store = open_store(address)
+        np.testing.assert_array_equal(store.read(slice(None)), small_store.read(slice(None)))
+        store.close()
+
+
+def test_a_body_that_unpacks_itself_is_not_unpacked(folder: Path) -> None:
+    bomb = gzip.compress(bytes(1 << 30), 1)
+
+    def packed(request: BaseHTTPRequestHandler, data: bytes, sent: Sent) -> None:
+        request.send_response(200)
+        request.send_header("Content-Encoding", "gzip")
+        request.send_header("Content-Length", str(len(bomb)))
+        request.end_headers()
+        request.wfile.write(bomb)
+
+    def refused() -> None:
+        with pytest.raises(StoreError, match=r"manifest\.json is damaged: it is not JSON"):
+            open_store(address)
+
+    with serving(folder, only("manifest.json", packed)) as (address, _):
+        assert peak_bytes(refused) < 8 * len(bomb)
+
+
+def test_a_size_that_a_server_makes_up_is_not_read_to_its_end(folder: Path) -> None:
+    """`store verify` asks for the size of each file first."""
+    name = "activations/c/1/0"
+
+    class Liar:
+        def __call__(self, request: BaseHTTPRequestHandler, data: bytes, sent: Sent) -> bool:
+            if not request.path.endswith(name):
+                return False
+            request.send_response(206)
+            request.send_header("Content-Range", f"bytes 0-{1 << 50}/{(1 << 50) + 1}")
+            request.send_header("Content-Length", str(1 << 50))
+            request.end_headers()
+            request.close_connection = True
+            while sent.n_bytes < ENDLESS:
+                request.wfile.write(PIECE)
+                sent.add(len(PIECE))
+            return True
+
+    with serving(folder, Liar()) as (address, sent):
+        result = CliRunner().invoke(app, ["store", "verify", address])
+        assert result.exit_code == 2
+        assert "Traceback" not in result.stderr
+        assert f"Error: Store {address} is damaged: " in result.stderr
+    assert sent.n_bytes < 256 << 20
+
+
+def test_a_manifest_of_a_server_names_no_place_of_this_machine(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Its digest becomes a folder of the cache, its names files below that."""
+    file = folder / "acts.zarr/manifest.json"
+    manifest = json.loads(file.read_text())
+    for change, message in (
+        ({"digest": "../../../outside"}, "its recipe, sizes and shards do not have the digest"),
+        (
+            {"files": {"../../outside": {"bytes": 1, "sha256": "0" * 64}}},
+            r"a file named '\.\./\.\./outside', which is not inside the store",
+        ),
+    ):
+        file.write_text(json.dumps(manifest | change))
+        with (
+            serving(folder, lambda request, data, sent: False) as (address, _),
+            pytest.raises(StoreError, match=message),
+        ):
+            open_store(address)
+    assert not list(tmp_path.rglob("outside*"))
