@@ -1,5 +1,6 @@
-"""The former name of `shown`."""
+"""Text from files as it may be shown: a name must not move a cursor or colour a terminal."""
 
-from .shown import shown as printable
 
-__all__ = ["printable"]
+def printable(text: str) -> str:
+    """The text with control characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
