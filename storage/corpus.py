@@ -156,7 +156,7 @@ class TokenTable:
     def _look_at(self, name: str) -> None:
         """ValueError unless an array's metadata are those that are written, before its first chunk.
 
-        zarr-python is not asked: metadata may name any codec, and some of those unpickle.
+        zarr-python is not asked: it takes whatever codec they name, and there are ones that unpickle.
         """
         if name in self._is_looked_at:
             return

@@ -33,13 +33,13 @@ METADATA = "train/tokens/zarr.json"
 
 @kind("tokens packed with a pickle")
 def _pickled_tokens(good: Path, inside: Path) -> list[str]:
-    """A second metadata file of Zarr's version 2, whose filter unpickles."""
+    """Metadata of Zarr version 2 with two filters: zarr-python takes the type from one, and runs both."""
     store = copied(good, inside)
     sizes = load(store / "corpus" / METADATA)["shape"]
     chunk = pickle.dumps([Evil(inside.parent / CANARY)])
     meta = {
         "zarr_format": 2, "shape": sizes, "chunks": sizes, "dtype": "|O", "order": "C",
-        "fill_value": 0, "compressor": None, "filters": [{"id": "pickle", "protocol": 5}],
+        "fill_value": 0, "compressor": None, "filters": [{"id": "vlen-utf8"}, {"id": "pickle", "protocol": 5}],
     }  # fmt: skip
     tokens = store / "corpus/train/tokens"
     (tokens / ".zarray").write_text(json.dumps(meta))

@@ -222,6 +222,22 @@ def test_a_size_that_a_server_makes_up_is_not_read_to_its_end(folder: Path) -> N
     assert sent.n_bytes < 256 << 20
 
 
+def test_a_service_that_forbids_what_is_not_there_is_pulled_from(
+    folder: Path, tmp_path: Path
+) -> None:
+    """As S3 does for who may not list: nobody asked for a signature."""
+
+    def forbidden(request: BaseHTTPRequestHandler, data: bytes, sent: Sent) -> None:
+        request.send_response(403)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    (folder / "acts.zarr/manifest.json.minisig").write_text("not for you")
+    with serving(folder, only("manifest.json.minisig", forbidden)) as (address, _):
+        pull(place(address), tmp_path / "back.zarr", say=lambda line: None)
+    assert not (tmp_path / "back.zarr/manifest.json.minisig").exists()
+
+
 def test_a_manifest_of_a_server_names_no_place_of_this_machine(
     folder: Path, tmp_path: Path
 ) -> None:
