@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -347,7 +347,14 @@ def _describe(config: FitConfig, d_in: int) -> dict[str, Any]:
 
 def _read_summary(found: dict[str, Any], folder: RunFolder) -> Summary:
     try:
-        return Summary(**found)
+        summary, kinds = Summary(**found), get_type_hints(Summary)
+        for name, value in found.items():
+            kind = (
+                kinds[name] | int if float in (kinds[name], *get_args(kinds[name])) else kinds[name]
+            )
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise TypeError(f"{name} is {str(value)[:100]!r}")
+        return summary
     except TypeError as error:
         raise StoreError(
             f"{folder.summary_file} is damaged ({error}). Remove the run folder and fit again."

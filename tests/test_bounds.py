@@ -11,6 +11,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sae_pipe.stages.fit import _read_summary
 from sae_pipe.stages.repair import repair
 from sae_pipe.stages.rundir import RunFolder
 from sae_pipe.stages.sources.jsonl import _decompressed
@@ -185,6 +186,29 @@ def test_metrics_without_end_are_not_read(tmp_path: Path) -> None:
         StoreError, match=rf"^{file} has more than the 268,435,456 bytes that a run "
     ):
         RunFolder(tmp_path).read_metrics()
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"rows_per_s": "fast"}, "rows_per_s is 'fast'"),
+        ({"l0": [1]}, r"l0 is '\[1\]'"),
+        ({"d_sae": True}, "d_sae is 'True'"),
+        ({"d_sae": 1.5}, "d_sae is '1.5'"),
+        ({"command": "rm"}, r".*unexpected keyword argument 'command'"),
+    ],
+)
+def test_a_summary_holds_what_a_summary_holds(
+    tmp_path: Path, changes: dict[str, Any], what: str
+) -> None:
+    good = {
+        "run": "a", "arch": "topk", "k": None, "d_sae": 4, "seed": 0, "steps": 1, "tokens": 8, "store_digest": "0",
+        "heldout_rows": 0, "explained_variance": None, "fvu": 1, "mse": 0.5, "l0": 3.0, "dead_fraction": None,
+        "gamma": None, "seconds": 1, "rows_per_s": 8.0, "wait_share": 0,
+    }  # fmt: skip
+    assert _read_summary(good, RunFolder(tmp_path)).l0 == 3.0
+    with pytest.raises(StoreError, match=rf"^{tmp_path}/summary\.json is damaged \({what}\)\. Rem"):
+        _read_summary(good | changes, RunFolder(tmp_path))
 
 
 # --- texts and tokenizers ---

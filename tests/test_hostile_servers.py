@@ -21,6 +21,8 @@ from sae_pipe.storage import ActivationStore, StoreError, open_store
 from sae_pipe.storage.address import place
 from sae_pipe.storage.pull import pull
 
+from .services import ENVIRONMENT
+
 pytest.importorskip("aiohttp")
 
 PIECE = bytes(1 << 20)
@@ -166,6 +168,28 @@ def test_a_shard_without_end_is_cut_at_its_recorded_size_and_refused(
     assert sent.n_bytes < 128 << 20
     assert not list((tmp_path / "back.zarr").rglob("*.tmp"))
     assert not (tmp_path / "back.zarr/manifest.json").exists()
+
+
+def test_what_speaks_like_s3_sends_no_more_than_was_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("s3fs")
+    shutil.move(folder / "acts.zarr", folder / "lab/acts.zarr")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    spoil = only("activations/c/1/0", lambda r, data, sent: endless(r, sent, b"", 206))
+    message = (
+        r"^s3://lab/acts\.zarr/activations/c/1/0 has other bytes than the manifest records, also "
+    )
+
+    def refused() -> None:
+        with pytest.raises(StoreError, match=message):
+            pull(place("s3://lab/acts.zarr"), tmp_path / "back.zarr", say=lambda line: None)
+
+    with serving(folder, spoil) as (address, sent):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address.removesuffix("/acts.zarr"))
+        assert peak_bytes(refused) < 64 << 20
+    assert sent.n_bytes < 128 << 20
 
 
 def test_right_bytes_with_more_behind_them_are_the_file(
