@@ -6,7 +6,7 @@ from typing import Any
 
 from ..storage import ActivationStore, open_store
 from ..storage.address import Address, Place, only_local
-from ..storage.errors import InputError
+from ..storage.extension import store_before
 from ..storage.manifest import COMPLETE, read_manifest
 from ..storage.unfinished import PrefixStore, follow_store, open_prefix
 from .rundir import RunFolder
@@ -31,9 +31,7 @@ def open_to_fit(path: Place, run: Path, *, follow: bool, say: Say) -> Activation
         store: ActivationStore = open_prefix(path, pin["prefix_rows"], pin["prefix_heldout_rows"])
         begun = " that it was begun with"
     elif read_manifest(path).get("state") == COMPLETE:
-        store = open_store(path)
-        _check_not_grown(store, run)
-        return store
+        return _as_begun(open_store(path), run, say)
     else:
         store, begun = open_store(path, unfinished=True), ""
     if isinstance(store, PrefixStore):  # not if it was completed just now
@@ -44,15 +42,16 @@ def open_to_fit(path: Place, run: Path, *, follow: bool, say: Say) -> Activation
     return store
 
 
-def _check_not_grown(store: ActivationStore, run: Path) -> None:
-    """InputError when a run was begun on fewer rows than the store has by now."""
-    begun = _recipe(run).get("store_digest")
-    for each in store.manifest.get("provenance", {}).get("extensions", ()):
-        if each["digest"] == begun:
-            raise InputError(
-                f"Run {run} was begun with the {each['rows']:,} rows that {store.place} had before it "
-                f"was extended to {store.n_rows:,}. Pass another --out to fit from the store as it is."
-            )
+def _as_begun(store: ActivationStore, run: Path, say: Say) -> ActivationStore:
+    """A store, or of one that was extended the rows that a run was begun with."""
+    before = store_before(store, _recipe(run).get("store_digest"))
+    if before is None:
+        return store
+    say(
+        f"{store.place} was extended to {store.n_rows:,} rows since: going on with the "
+        f"{before.n_rows:,} that it was begun with."
+    )
+    return before
 
 
 def _pinned(run: Path) -> dict[str, Any]:

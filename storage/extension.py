@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import provenance
 from .builder import (
@@ -146,7 +147,7 @@ class ExtensionBuilder(StoreBuilder):
             distortion = None
         moments.merge(added.moments)
         write_vectors(self.path, vectors_of(moments, distortion))
-        extended = dict(manifest["extends"])
+        extended = {**manifest["extends"], "statistics": manifest["statistics"]}
         manifest["train"]["shards"] = [*manifest["train"]["shards"][:n_whole], *added.shards]
         manifest["statistics"] = statistics_entry(moments)
         manifest["files"] |= self.other_files()
@@ -212,6 +213,35 @@ class StagedStore(ActivationStore):
         if folder:
             return SplitReader(self.path.parent, folder, layout, shards, self._codec)
         return _StagedReader(self.path, self._n_whole, folder, layout, shards, self._codec)
+
+
+class StoreBefore(ActivationStore):
+    """The rows that a store had before it was extended: the same rows, served in the same order."""
+
+    def _vector(self, name: str) -> NDArray[np.float64]:
+        raise StoreError(
+            f"{self.path / name} is that of all rows that the store has by now, and that of the "
+            f"{self.n_rows:,} rows before it was extended is not kept. Open the store itself."
+        )
+
+
+def store_before(store: ActivationStore, digest: object) -> StoreBefore | None:
+    """What a store was when it had this digest, if that was before an extension."""
+    extensions = store.manifest.get("provenance", {}).get("extensions", ())
+    found = next((each for each in extensions if each["digest"] == digest), None)
+    if found is None or found["rows"] > store.n_rows:  # of a part, perhaps a smaller one
+        return None
+    manifest = copy.deepcopy(store.manifest)
+    layout = replace(store.train_reader.layout, n_rows=int(found["rows"]))
+    shards = manifest["train"]["shards"][: layout.n_shards]
+    first, last = layout.rows_of_shard(layout.n_shards - 1)
+    shards[-1]["rows"] = last - first  # of those that are in its files by now
+    manifest |= {
+        "train": {"layout": layout_json(layout), "shards": shards},
+        "statistics": found["statistics"],
+        "digest": found["digest"],
+    }
+    return StoreBefore(store.path, manifest)
 
 
 def resume_any(path: Path) -> StoreBuilder:

@@ -151,7 +151,9 @@ class SplitReader:
         except SaePipeError:
             raise  # some are OSErrors too: of a file that could not be fetched
         except (ValueError, OSError) as error:
-            raise self._damaged(shard, error) from error
+            if not self._goes_on_in_larger(shard):
+                raise self._damaged(shard, error) from error
+            self.decode_chunk(chunk, out_RD)
 
     def chunk_frames(self, chunk: int) -> list[bytes]:
         """The frames of a chunk as they stand in its shard, each with its checksum behind it."""
@@ -267,16 +269,37 @@ class SplitReader:
             "nothing else."
         )
 
+    def _goes_on_in_larger(self, shard: int) -> bool:
+        """Whether this is the last shard, and was filled up by an extension since the store was opened.
+
+        Its rows stand where they stood (`storage/extension.py`), and from now on they are read there.
+        That it is the same store is told by the shards before it.
+        """
+        there = self._recorded_now()
+        if there is None or not 0 < shard == len(self._shards) - 1 or len(there) <= shard:
+            return False
+        known, now = self._shards[shard], there[shard]
+        is_larger = now["rows"] > known["rows"] and now["files"] != known["files"]
+        if not is_larger or there[:shard] != self._shards[:shard]:
+            return False
+        self._shards = [*self._shards[:shard], {**now, "rows": known["rows"]}]
+        return True
+
     def _is_replaced(self, shard: int) -> bool:
-        """Whether the manifest on disk records other files than the one that this reader has."""
+        """Whether the manifest on disk records another file than the one that this reader has."""
+        there = self._recorded_now()
+        if there is None or len(self._shards) <= shard:
+            return False
+        return len(there) <= shard or bool(there[shard]["files"] != self._shards[shard]["files"])
+
+    def _recorded_now(self) -> list[Any] | None:
+        """The records of the shards in the manifest on disk, if there is one; none while it changes."""
         split = "train" if self._folder == self._root else self._folder.name
         try:
             manifest = json.loads((self._root / MANIFEST).read_bytes())
-            if manifest["state"] == EXTENDING:
-                return True
-            return bool(manifest[split]["shards"][shard] != self._shards[shard])
-        except (OSError, ValueError, KeyError, IndexError, TypeError):
-            return False
+            return [] if manifest["state"] == EXTENDING else list(manifest[split]["shards"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def _read_plain(self, array: str, rows: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
         wanted = self._wanted(rows)

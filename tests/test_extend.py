@@ -32,12 +32,13 @@ from sae_pipe.storage.card import README, card
 from sae_pipe.storage.corpus import Corpus
 from sae_pipe.storage.counter import permutation, stream_key
 from sae_pipe.storage.layout import Layout
+from sae_pipe.storage.loader import BatchLoader
 from sae_pipe.storage.manifest import read_manifest
 from sae_pipe.storage.pull import Part, pull
 from sae_pipe.storage.recode import recode
 from sae_pipe.storage.shuffle import measure_shuffle
 from sae_pipe.storage.unfinished import open_prefix
-from sae_pipe.storage.values import round_to_bfloat16
+from sae_pipe.storage.values import Rows, round_to_bfloat16
 from sae_pipe.storage.verify import stored_files, verify_store
 
 from .harvesting import CONTEXT, config_for, content, quiet
@@ -405,33 +406,75 @@ def test_a_store_that_was_opened_before_goes_on_with_its_rows(
     lm: Path, text: Path, store: Path, copy: Path
 ) -> None:
     old, whole = open_store(copy), open_store(store)
+    quiet(config_for(lm, text, copy, tokens=6100, extend=True))
+    same_rows(old, whole, BEFORE)
     quiet(config_for(lm, text, copy, tokens=AFTER, extend=True))
-    rows = slice(0, 11 * 512)  # of the shards that are the same files
-    np.testing.assert_array_equal(old.read(rows), whole.read(rows))
-    np.testing.assert_array_equal(old.source(slice(None)), whole.source(slice(None)))
+    same_rows(old, whole, BEFORE)
+    assert len(old.read(slice(5000, None))) == 1000
     np.testing.assert_array_equal(old.corpus.train.tokens(0, 5), whole.corpus.train.tokens(0, 5))
+    message = (
+        f"^{copy}/statistics/mean/c/0 is not the one that was there when {copy} was opened: the store "
+        r"was extended or repaired since\. Open it again\.$"
+    )
+    with pytest.raises(StoreError, match=message):
+        _ = old.mean
+
+
+def test_a_store_in_whose_place_another_is_meanwhile_asks_to_be_opened_again(
+    store: Path, copy: Path, small_store: ActivationStore
+) -> None:
+    old = open_store(copy)
+    shutil.rmtree(copy)
+    shutil.copytree(small_store.path, copy)
     message = (
         f"^Store {copy} was extended or repaired since it was opened, and shard 11 is another file "
         r"now\. Open it again\.$"
     )
     with pytest.raises(StoreError, match=message):
-        old.read(slice(5990, 6000))
+        old.read([5999])
 
 
-def test_a_fit_goes_on_with_the_rows_that_it_was_begun_with_or_says_that_there_are_more(
+def test_a_fit_goes_on_with_the_rows_that_it_was_begun_with(
     lm: Path, text: Path, copy: Path, store: Path, tmp_path: Path
 ) -> None:
-    config = FitConfig(arch="topk", k=4, d_sae=64, batch_size=256, device="cpu", tokens=2048)
-    fit(open_to_fit(copy, tmp_path / "run", follow=False, say=print), config, out=tmp_path / "run")
+    """Interrupted after 12 batches, before the store grows, it comes to the weights of one that was not."""
+    config = FitConfig(arch="topk", k=4, d_sae=64, batch_size=256, device="cpu", tokens=8192)
+    fit(open_store(store), config, out=tmp_path / "whole", show_progress=False)
+    run = tmp_path / "run"
+
+    class Interrupted(Exception): ...
+
+    served = 0
+
+    def until_12(loader: BatchLoader) -> Rows:
+        nonlocal served
+        served += 1
+        if served > 12:
+            raise Interrupted
+        return following(loader)
+
+    following = BatchLoader.__next__
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(BatchLoader, "__next__", until_12)
+        with pytest.raises(Interrupted):
+            fit(open_store(copy), config, out=run, show_progress=False)
     quiet(config_for(lm, text, copy, tokens=AFTER, extend=True))
+    said: list[str] = []
+    before = open_to_fit(copy, run, follow=False, say=said.append)
+    assert said == [
+        f"{copy} was extended to 9,000 rows since: going on with the 6,000 that it was begun with."
+    ]
+    same_rows(before, open_store(store), BEFORE)
+    fit(before, config, out=run, show_progress=False)
+    weights = [folder / "sae.safetensors" for folder in (run, tmp_path / "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
     message = (
-        f"^Run {tmp_path}/run was begun with the 6,000 rows that {copy} had before it was extended to "
-        r"9,000\. Pass another --out to fit from the store as it is\.$"
+        r"that of the 6,000 rows before it was extended is not kept\. Open the store itself\.$"
     )
-    with pytest.raises(InputError, match=message):
-        open_to_fit(copy, tmp_path / "run", follow=False, say=print)
-    new = open_to_fit(copy, tmp_path / "new", follow=False, say=print)
-    fit(new, config, out=tmp_path / "new")
+    with pytest.raises(StoreError, match=message):
+        _ = before.mean
+    # A new run gets all rows.
+    new = open_to_fit(copy, tmp_path / "new", follow=False, say=said.append)
     loader = new.batches(AFTER)
     rows = loader.to_floats(next(iter(loader)))
     loader.close()

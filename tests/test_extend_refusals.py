@@ -12,9 +12,11 @@ import pytest
 
 from sae_pipe.stages import harvest_plan, harvest_run
 from sae_pipe.stages.plan import Rates
-from sae_pipe.storage import ActivationStore, DiskError, InputError
+from sae_pipe.storage import ActivationStore, DiskError, InputError, StoreError, open_store
 from sae_pipe.storage.address import Address, place
+from sae_pipe.storage.extending_writer import check_can_be_filled_up
 from sae_pipe.storage.pull import Part, pull
+from sae_pipe.storage.recode import recode
 
 from .harvesting import config_for, content, quiet
 
@@ -146,3 +148,29 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
         rf"{copy.parent}\. Pass --tokens 7\d\d\d, or --out on a larger disk\."
     )
     refused(config_for(lm, text, copy, tokens=AFTER, extend=True), message, DiskError)
+
+
+def test_a_lossy_codec_that_would_round_the_last_rows_once_more_is_refused(
+    tmp_path: Path, make_store: Callable[..., ActivationStore]
+) -> None:
+    """Values of millions of steps have codes that float32 does not hold exactly."""
+    rng = np.random.default_rng(0)
+    rows = (1.11 * rng.standard_normal((4000, 16))).astype(np.float32)
+    make_store(tmp_path / "small.zarr", rows, rows[:10])
+    rows[-500:, 3] = 10.0 ** rng.uniform(5, 8, 500)
+    make_store(tmp_path / "large.zarr", rows, rows[:10])
+    for name in ("small", "large"):
+        path = tmp_path / f"{name}-compact.zarr"
+        recode(tmp_path / f"{name}.zarr", path, "compact", say=lambda line: None)
+        found = open_store(path)
+        if name == "small":
+            check_can_be_filled_up(found.train_reader, found.codec, path)
+            continue
+        assert found.manifest["encoding"]["parameters"]["code"] == "int32"
+        message = (
+            rf"^Store {path} cannot be extended: its last [\d,]+ rows share a chunk with new ones, and "
+            r"the codec compact:0\.25 would round them once more, to other values\. Harvest a store of "
+            r"the larger size\.$"
+        )
+        with pytest.raises(StoreError, match=message):
+            check_can_be_filled_up(found.train_reader, found.codec, path)
