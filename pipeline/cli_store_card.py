@@ -7,6 +7,7 @@ import typer
 
 from ..storage.address import STORE_HELP, only_local, place
 from .errors import told_to_the_user
+from .say import say
 
 
 def register(app: typer.Typer) -> None:
@@ -39,9 +40,9 @@ def card(
 
     where = place(path)
     if write or license is not None:
-        typer.echo(_write(only_local(where, "A card is written into a folder"), license))
+        say(_write(only_local(where, "A card is written into a folder"), license))
     else:
-        typer.echo(card_of(complete_manifest(where)), nl=False)
+        say(card_of(complete_manifest(where)), nl=False)
 
 
 def _write(folder: Path, licence: str | None) -> str:

@@ -7,7 +7,6 @@ threads into reused buffers is what makes the reader as fast as the codec (docs/
 Every chunk's crc32c is checked; a damaged one is an error that names the shard.
 """
 
-import json
 import os
 import threading
 import weakref
@@ -24,7 +23,7 @@ from .codecs.blosc import PLAIN
 from .errors import InputError, SaePipeError, StoreError
 from .files import plain_size
 from .layout import Layout
-from .manifest import EXTENDING, MANIFEST
+from .manifest import EXTENDING, MANIFEST, load_bounded_json
 from .shard import checked_frame, index_bytes, packed_limit, parse_index
 from .values import Floats, Rows
 
@@ -296,9 +295,9 @@ class SplitReader:
         """The records of the shards in the manifest on disk, if there is one; none while it changes."""
         split = "train" if self._folder == self._root else self._folder.name
         try:
-            manifest = json.loads((self._root / MANIFEST).read_bytes())
+            manifest = load_bounded_json(self._root / MANIFEST)
             return [] if manifest["state"] == EXTENDING else list(manifest[split]["shards"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (SaePipeError, OSError, KeyError, TypeError):
             return None
 
     def _read_plain(self, array: str, rows: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
