@@ -12,6 +12,7 @@ from ..storage.catalogue import CATALOG
 from ..storage.listing import STATES, StoreFilter
 from ..storage.shown import shown
 from .errors import told_to_the_user
+from .say import say
 from .store_table import store_table
 
 _SHOWN_WARNINGS = 20
@@ -72,14 +73,14 @@ def list_stores(
     if as_json:
         typer.echo(json.dumps([entry.as_json() for entry in found], indent=1))
     elif not found:
-        typer.echo(f"There are no {such} in {shown(str(where or 'this folder'))}.")
+        say(f"There are no {such} in {shown(str(where or 'this folder'))}.")
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        typer.echo(store_table(found, width))
+        say(store_table(found, width))
     for line in warnings[:_SHOWN_WARNINGS]:
-        typer.echo(f"Warning: {shown(line)}", err=True)
+        say(f"Warning: {shown(line)}", err=True)
     if len(warnings) > _SHOWN_WARNINGS:
-        typer.echo(f"and {len(warnings) - _SHOWN_WARNINGS:,} more warnings.", err=True)
+        say(f"and {len(warnings) - _SHOWN_WARNINGS:,} more warnings.", err=True)
 
 
 def _names(asked: str) -> list[str]:
