@@ -27,6 +27,7 @@ from ..storage.extension import (
     switch,
 )
 from ..storage.files import remove_leftovers
+from ..storage.layout import Layout
 from ..storage.lock import sole_writer
 from ..storage.manifest import COMPLETE, began_by, read_manifest_of_any_state
 from ..storage.shuffle import verdict
@@ -43,6 +44,7 @@ from .plan import Plan
 Say = Callable[[str], None]
 # Of a recipe: what an extension changes.
 _GROWS = ("rows", "extended_at")
+_SMALL_SHARDS = 8  # times smaller than those of a new store
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,7 @@ class _Extend:
             planned(plan)
             for line in plan.lines():
                 self._say(line)
+            self._say_if_shards_are_small(plan.layout)
             plan.check_disk()
         for target, each in self._growing.items():
             if each.begun is not None:
@@ -244,6 +247,15 @@ class _Extend:
         contexts = int(smallest.manifest["execution"]["batch_contexts"])
         layout = smallest.train_reader.layout
         return make_extension_plan(self._job, self._crew, new, contexts, layout)
+
+    def _say_if_shards_are_small(self, layout: Layout) -> None:
+        """Rows are stored where they are, so a store that was small keeps its many small files."""
+        fresh = self._job.config.layout(layout.n_rows, layout.d_in).shard_rows
+        if fresh >= _SMALL_SHARDS * layout.shard_rows:
+            self._say(
+                f"shards    keep their {layout.shard_rows:,} rows; those of a new store of this size "
+                f"would have {fresh:,}, and be {fresh // layout.shard_rows} times fewer files"
+            )
 
     def _corpora(self) -> Corpus:
         """Have the longer corpus in the extension of every store: made once, shared by links."""

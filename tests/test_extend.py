@@ -402,6 +402,20 @@ def test_a_dry_run_says_what_more_rows_will_take_and_writes_nothing(
     assert content(copy) == before
 
 
+def test_the_plan_says_when_a_store_that_was_small_keeps_small_shards(
+    lm: Path, text: Path, tmp_path: Path
+) -> None:
+    config = config_for(lm, text, tmp_path / "acts.zarr", tokens=2100, shard_rows=None)
+    quiet(config)
+    said: list[str] = []
+    large = replace(config, tokens=20_000, extend=True)
+    harvest(large, say=said.append, show_progress=False, dry_run=True)
+    assert said[4:] == [
+        "shards    keep their 256 rows; those of a new store of this size would have 2,048, and be 8 "
+        "times fewer files"
+    ]
+
+
 def test_a_store_that_was_opened_before_goes_on_with_its_rows(
     lm: Path, text: Path, store: Path, copy: Path
 ) -> None:
