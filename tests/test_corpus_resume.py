@@ -40,11 +40,11 @@ from sae_pipe.stages import token_cache
 from sae_pipe.stages.corpus import CorpusConfig, build_corpus
 from sae_pipe.stages.sources import TextConfig, open_text
 from sae_pipe.stages.tokens import TextTokenizer
-from sae_pipe.storage import corpus_writer
+from sae_pipe.storage import corpus as corpus_of_tokens
 
 tokenizer = TextTokenizer.load(sys.argv[1])
 token_cache._FIRST_BATCH_CHARACTERS = token_cache._BATCH_CHARACTERS = 2**14
-corpus_writer._CHUNK_VALUES = 2**14
+corpus_of_tokens._CHUNK_VALUES = 2**14
 
 
 def fork(text, folder, dedup="exact"):

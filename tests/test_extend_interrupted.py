@@ -1,5 +1,6 @@
 """An extension that is killed, stopped or run again: a whole store at any time, and the same bytes."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from sae_pipe.stages.repair import repair
 from sae_pipe.storage import DiskError, InputError, StoreError, open_store
 from sae_pipe.storage.info import describe
 from sae_pipe.storage.lock import sole_writer
-from sae_pipe.storage.manifest import read_manifest
+from sae_pipe.storage.manifest import content_digest, read_manifest
 
 from .harvesting import config_for, content, quiet
 from .interrupting import run_in_child, run_until
@@ -152,10 +153,12 @@ def test_a_store_that_became_another_one_meanwhile_is_not_mixed_with_the_extensi
     out = extending.out
     moment = [r"replace .*\.extending/\.commits/train/00000013"]
     assert run_until(extending, moment) == -signal.SIGKILL
-    manifest, digest = out / "manifest.json", open_store(out).digest
-    manifest.write_text(manifest.read_text().replace(digest, "0" * 64))
+    manifest = read_manifest(out)
+    digest, manifest["recipe"]["note"] = manifest["digest"], "of another store"
+    manifest["digest"] = other = content_digest(manifest)
+    (out / "manifest.json").write_text(json.dumps(manifest))
     message = (
-        f"^Store {out} is another one than when its extension was begun: its digest is {'0' * 64}, and "
+        f"^Store {out} is another one than when its extension was begun: its digest is {other}, and "
         f"was {digest}. Remove {out}/.extending and extend it again.$"
     )
     with pytest.raises(StoreError, match=message):

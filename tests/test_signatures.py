@@ -282,10 +282,10 @@ def test_a_file_that_the_signed_manifest_does_not_record_is_named(signed: Path) 
     )
 
 
-def test_every_file_of_a_signed_store_is_covered(signed: Path) -> None:
+def test_every_file_of_a_signed_store_is_covered_but_its_card(signed: Path) -> None:
     for file in sorted(signed.rglob("*")):
         name = file.relative_to(signed).as_posix()
-        if file.is_dir() or name in (".lock", SIGNATURE):
+        if file.is_dir() or name in (".lock", SIGNATURE, "README.md"):
             continue
         whole = file.read_bytes()
         if name.split("/")[0] == "activations" and name != "activations/c/0/0":
