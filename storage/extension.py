@@ -32,7 +32,7 @@ from .card import write_card
 from .corpus import Corpus
 from .errors import StoreError
 from .extending_writer import ExtendingWriter
-from .files import disk_error, fsync_folder
+from .files import disk_error, fsync_folder, is_sha256
 from .layout import Layout
 from .manifest import (
     COMMITS,
@@ -48,6 +48,7 @@ from .manifest import (
     write_manifest,
 )
 from .rows import SplitReader
+from .signed import SIGNATURE
 from .statistics import Distortion, Moments
 from .store import ActivationStore
 from .writer import SplitWriter, write_vectors
@@ -218,6 +219,9 @@ class StagedStore(ActivationStore):
 class StoreBefore(ActivationStore):
     """The rows that a store had before it was extended: the same rows, served in the same order."""
 
+    def _check_manifest(self) -> None:
+        """What it was made from was checked when the store was opened."""
+
     def _vector(self, name: str) -> NDArray[np.float64]:
         raise StoreError(
             f"{self.path / name} is that of all rows that the store has by now, and that of the "
@@ -227,8 +231,7 @@ class StoreBefore(ActivationStore):
 
 def store_before(store: ActivationStore, digest: object) -> StoreBefore | None:
     """What a store was when it had this digest, if that was before an extension."""
-    extensions = store.manifest.get("provenance", {}).get("extensions", ())
-    found = next((each for each in extensions if each["digest"] == digest), None)
+    found = next((each for each in _extensions(store.manifest) if each["digest"] == digest), None)
     if found is None or found["rows"] > store.n_rows:  # of a part, perhaps a smaller one
         return None
     manifest = copy.deepcopy(store.manifest)
@@ -242,6 +245,22 @@ def store_before(store: ActivationStore, digest: object) -> StoreBefore | None:
         "digest": found["digest"],
     }
     return StoreBefore(store.path, manifest)
+
+
+def _extensions(manifest: Manifest) -> list[dict[str, Any]]:
+    """What is noted of a store's extensions, as far as it is of our form: no digest covers it."""
+    made = manifest.get("provenance")
+    found = made.get("extensions") if isinstance(made, dict) else None
+    return [
+        each
+        for each in (found if isinstance(found, list) else ())
+        if isinstance(each, dict)
+        and is_sha256(each.get("digest"))
+        and type(each.get("rows")) is int
+        and each["rows"] > 0
+        and isinstance(each.get("statistics"), dict)
+        and type(each["statistics"].get("mean_squared_norm")) is float
+    ]
 
 
 def resume_any(path: Path) -> StoreBuilder:
@@ -309,6 +328,7 @@ def switch(path: Path) -> None:
         for each in sorted(folders):
             fsync_folder(each)
         write_card(path, read_manifest(folder))
+        (path / SIGNATURE).unlink(missing_ok=True)  # it is of the manifest before
         os.replace(folder / MANIFEST, path / MANIFEST)
         fsync_folder(path)
     except OSError as error:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,13 @@ def pushed(s3: S3, small_store: ActivationStore) -> str:
 
 def cached(cache: Path) -> dict[str, int]:
     """Files of the cache by their name below their store, with their sizes."""
-    files = (file for file in (cache / "stores").glob("*/**/*") if file.is_file())
-    return {"/".join(f.relative_to(cache / "stores").parts[1:]): f.stat().st_size for f in files}
+    found = {}
+    for file in (cache / "stores").glob("*/**/*"):
+        with suppress(FileNotFoundError):  # given up meanwhile
+            if file.is_file():
+                name = "/".join(file.relative_to(cache / "stores").parts[1:])
+                found[name] = file.stat().st_size
+    return found
 
 
 def of_shards(names: list[str]) -> list[str]:
