@@ -304,14 +304,17 @@ class _Repair:
         train, _ = builder.layouts()
         with progress(train.n_rows, "statistics", "rows", show=self._show) as bar:
             records = self.manifest["train"]["shards"]
-            moments = moments_of_rows(self.path, train, builder.codec, records, bar.update)
+            cuts = self.manifest["recipe"].get("extended_at", ())
+            moments = moments_of_rows(
+                self.path, train, builder.codec, records, bar.update, cuts=cuts
+            )
         write_vectors(
             self.path,
             {"statistics/mean": moments.mean, "statistics/variance": moments.variance},
         )
         for name in vectors:
             self._record_other(name)
-        if rows_changed:
+        if rows_changed or self._changed.keys() & set(vectors):
             self.manifest["statistics"] = statistics_entry(moments)
 
     def _note(self, before: str) -> None:

@@ -7,6 +7,7 @@ hardware, other library versions) is kept aside in `.repair/`, and how far its v
 that can still be read is measured, so that the caller can decide.
 """
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -148,24 +149,54 @@ def moments_of_rows(
     codec: Codec,
     records: Sequence[Record],
     advance: Callable[[int], object] = lambda n: None,
+    *,
+    cuts: Sequence[int] = (),
 ) -> Moments:
-    """The moments of all training rows, read from the shards: bit for bit those of the harvest."""
+    """The moments of all training rows, read from the shards: bit for bit those of the harvest.
+
+    cuts: numbers of rows at which the store was extended. What was added was summed by itself, and
+    then joined to what the store had recorded.
+    """
     reader = SplitReader(root, "", layout, list(records), codec)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            total = Moments.empty(layout.d_in)
+            # A part of a store has fewer rows than its recipe.
+            bounds = [0, *(cut for cut in cuts if cut < layout.n_rows), layout.n_rows]
+            for first, last in itertools.pairwise(bounds):
+                part = _moments_between(reader, first, last, pool, advance)
+                if first == 0:
+                    total = part
+                else:
+                    total = Moments(first, total.mean, total.variance * first)
+                    total.merge(part)
+    finally:
+        reader.close()
+    return total
+
+
+def _moments_between(
+    reader: SplitReader,
+    first: int,
+    last: int,
+    pool: ThreadPoolExecutor,
+    advance: Callable[[int], object],
+) -> Moments:
+    """Of rows first to last: chunk by chunk to shards, shard by shard to the whole."""
+    layout = reader.layout
 
     def of_shard(shard: int) -> Moments:
         moments = Moments.empty(layout.d_in)
-        first, last = layout.rows_of_shard(shard)
-        for start in range(first, last, layout.chunk_rows):
-            rows = slice(start, min(start + layout.chunk_rows, last))
-            moments.merge(Moments.of(reader.read(rows)))
+        begin, end = layout.rows_of_shard(shard)
+        for start in range(begin, end, layout.chunk_rows):
+            rows = slice(max(start, first), min(start + layout.chunk_rows, end, last))
+            if rows.start < rows.stop:
+                moments.merge(Moments.of(reader.read(rows)))
         return moments
 
     total = Moments.empty(layout.d_in)
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for moments in pool.map(of_shard, range(layout.n_shards)):
-                total.merge(moments)
-                advance(moments.count)
-    finally:
-        reader.close()
+    shards = range(first // layout.shard_rows, -(-last // layout.shard_rows))
+    for moments in pool.map(of_shard, shards):
+        total.merge(moments)
+        advance(moments.count)
     return total

@@ -252,6 +252,7 @@ def test_extended_twice_a_store_can_still_be_verified_repaired_and_traced(
     before = content(copy)
     for name in ("activations/c/11/0", "source/c/11", "masked/c/11", "activations/c/16/0"):
         (copy / name).unlink()
+    (copy / "statistics/mean/c/0").unlink()
     (copy / "activations/c/5/0").write_bytes(b"damaged")
     repair(copy, say=lambda line: None, show_progress=False)
     assert content(copy) == before
@@ -282,6 +283,10 @@ def test_every_codec_and_kind_of_rows_can_be_extended(
     assert new.n_rows == tokens
     np.testing.assert_array_equal(sources(new), expected_sources(new, [old.n_rows]))
     assert damages(config.out) == []
+    before = content(config.out)
+    (config.out / "statistics/variance/c/0").unlink()
+    repair(config.out, say=lambda line: None, show_progress=False)
+    assert content(config.out) == before
     rows, true = new.read(slice(None)), model_rows(lm, new)
     if config.store_dtype != "bfloat16":
         np.testing.assert_allclose(rows, true, rtol=2**-7, atol=1e-3)
