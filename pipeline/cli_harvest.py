@@ -10,7 +10,7 @@ import typer
 from ..stages.dedup import DEDUPS
 from ..stages.harvest_config import DEFAULT_BLOCK_BYTES, HarvestConfig
 from ..stages.taps import DEFAULT_HOOK, HOOKS
-from ..storage.address import Address, place
+from ..storage.address import Address, expanded, place
 from ..storage.catalogue import CATALOG, catalogue_place
 from ..storage.codecs import CODECS
 from ..storage.values import VALUE_TYPES
@@ -275,7 +275,7 @@ def harvest_config(flags: Mapping[str, Any]) -> HarvestConfig:
 
         same |= spooled(out)
     else:
-        same["out"] = out.expanduser()
+        same["out"] = expanded(out)
     return HarvestConfig(
         **same,
         layers=tuple(flags["layer"]),

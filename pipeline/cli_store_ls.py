@@ -1,6 +1,7 @@
 """sae-pipe store ls: the stores of a catalogue, and those that are asked for."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..storage.address import expanded
 from ..storage.catalogue import CATALOG
 from ..storage.listing import STATES, StoreFilter
 from ..storage.shown import shown
@@ -88,8 +90,8 @@ def _names(asked: str) -> list[str]:
     from ..stages.model_names import resolve_model
     from ..storage import InputError
 
-    folder = Path(asked).expanduser()
-    if folder.is_dir():
+    folder = expanded(asked)
+    if os.path.isdir(folder):  # unlike Path's, of any text
         return [folder.resolve().name]
     try:
         return [asked, resolve_model(asked)]

@@ -21,7 +21,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..stages.fitconfig import FitConfig
 from ..stages.harvest_config import HarvestConfig
-from ..storage.address import Place, place
+from ..storage.address import Place, expanded, place
 from ..storage.errors import InputError
 from .cli_fit import fit
 from .cli_harvest import harvest, harvest_config
@@ -223,7 +223,7 @@ class _Table:
         if kind is float and type(value) is int:
             return float(value)
         if kind is Path and type(value) is str:
-            return Path(value).expanduser()
+            return expanded(value)
         if type(value) is not kind:
             several = " or a list of them" if self._keys[name].is_listed else ""
             raise InputError(

@@ -19,7 +19,8 @@ from typing import Any
 from ..storage.corpus import Corpus
 from ..storage.corpus_writer import complete, create_groups, write_split
 from ..storage.counter import permutation, stream_key
-from ..storage.errors import InputError, SaePipeError
+from ..storage.disk import link_tree
+from ..storage.errors import InputError, SaePipeError, StoreError
 from ..storage.files import canonical_json, disk_error, fsync_folder
 from ..storage.lock import sole_writer
 from .dedup import get_dedup
@@ -106,6 +107,29 @@ def put_in_place(new: Path, folder: Path) -> None:
         fsync_folder(folder.parent)
     except OSError as error:
         raise disk_error(error, folder) from error
+
+
+def take_corpus(source: Path, folder: Path, recipe: dict[str, Any], whose: object) -> None:
+    """Share a finished corpus with another store, whole and of this recipe, or leave nothing.
+
+    whose: the store that it belongs to, for messages. Raises StoreError when it became another one
+    since it was chosen, DiskError.
+    """
+
+    def check(taken: Path) -> None:
+        try:
+            corpus = Corpus(taken)
+            corpus.verify()
+            is_same = corpus.info["recipe"] == recipe
+        except StoreError:
+            is_same = False
+        if not is_same:
+            raise StoreError(
+                f"The tokens of {whose} became others while they were taken: it is being extended or "
+                "repaired. Run the same command again."
+            )
+
+    link_tree(source, folder, check)
 
 
 def _checked_rules(config: CorpusConfig, tokenizer: TextTokenizer) -> ContextRules:

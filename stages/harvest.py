@@ -14,7 +14,6 @@ from typing import Any
 from ..storage import open_store, provenance
 from ..storage.builder import StoreBuilder, is_begun
 from ..storage.corpus import Corpus
-from ..storage.disk import link_tree
 from ..storage.errors import InputError
 from ..storage.files import is_leftover, remove_leftovers
 from ..storage.info import sealed_shards
@@ -23,7 +22,7 @@ from ..storage.lock import sole_writer
 from ..storage.manifest import COMPLETE, MANIFEST, TOKENISING
 from ..storage.shuffle import verdict
 from ..storage.values import Floats
-from .corpus import build_corpus, work_folder
+from .corpus import build_corpus, take_corpus, work_folder
 from .harvest_catalogue import Catalogue, Found
 from .harvest_config import (
     HarvestConfig,
@@ -237,9 +236,10 @@ def _add_corpus(
         shutil.rmtree(work_folder(target.path / "corpus"), ignore_errors=True)
     if not without:
         return
-    existing = job.corpus_at
+    existing, whose = job.corpus_at, None
     if job.lent is not None:
-        say(f"tokens    those of {job.lent.place}, which has the same text")
+        whose = job.lent.place
+        say(f"tokens    those of {whose}, which has the same text")
         existing = job.lent.bring()
     elif existing is None:
         assert job.source is not None
@@ -264,7 +264,8 @@ def _add_corpus(
     else:
         say(f"tokens    those of {existing.parent}, which has the same text")
     for target in without:
-        link_tree(existing, target.path / "corpus")
+        whose = existing.parent if whose is None else whose
+        take_corpus(existing, target.path / "corpus", job.corpus_recipe, whose)
         shutil.rmtree(work_folder(target.path / "corpus"), ignore_errors=True)
 
 

@@ -107,7 +107,7 @@ class Catalogue:
             if entry.corpus_key == key and entry.state != TOKENISING:
                 try:
                     found = _tokens_of(place(entry.address), fits)
-                except (SaePipeError, KeyError, TypeError, AttributeError):
+                except (SaePipeError, OSError, KeyError, TypeError, AttributeError):
                     continue  # damaged: not ours to judge here, and of no use
                 if found is not None:
                     return found

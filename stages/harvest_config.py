@@ -1,10 +1,11 @@
 """What a harvest is asked for, the stores it makes, and what tells one recipe from another."""
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..storage.address import Address, Place
+from ..storage.address import Address, Place, expanded
 from ..storage.codecs import Codec, get_codec
 from ..storage.errors import InputError
 from ..storage.layout import Layout, choose_layout
@@ -184,8 +185,8 @@ def request_of(config: HarvestConfig, target: Target) -> Request:
 
 
 def _whole_path(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
+    path = expanded(name)
+    return str(path.resolve()) if os.path.exists(path) else name
 
 
 def check_same(

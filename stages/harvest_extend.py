@@ -15,7 +15,6 @@ from typing import Any
 from ..storage import ActivationStore, open_store, provenance
 from ..storage.builder import is_begun
 from ..storage.corpus import Corpus
-from ..storage.disk import link_tree
 from ..storage.errors import InputError
 from ..storage.extending_writer import check_can_be_filled_up
 from ..storage.extension import (
@@ -26,12 +25,13 @@ from ..storage.extension import (
     staging_of,
     switch,
 )
-from ..storage.files import remove_leftovers
+from ..storage.files import check_no_links, remove_leftovers
 from ..storage.layout import Layout
 from ..storage.lock import sole_writer
 from ..storage.manifest import COMPLETE, began_by, read_manifest_of_any_state
 from ..storage.shuffle import verdict
 from ..storage.verify import is_harvested
+from .corpus import take_corpus
 from .corpus_extend import TextEnded, corpus_of, extend_corpus, extended_recipe
 from .harvest_catalogue import Catalogue
 from .harvest_config import HarvestConfig, Target, check_same, request_of
@@ -76,7 +76,7 @@ def extend(
     with ExitStack() as locks:
         growing: dict[Target, _Growing] = {}
         for target in wanted:
-            found = _look(config, target, locks, say)
+            found = _look(config, target, locks, say, dry_run=dry_run)
             if found is not None:
                 growing[target] = found
         if not growing:
@@ -101,7 +101,9 @@ def _lasting(recipe: dict[str, Any]) -> dict[str, Any]:
 # --- what is there ---
 
 
-def _look(config: HarvestConfig, target: Target, locks: ExitStack, say: Say) -> _Growing | None:
+def _look(
+    config: HarvestConfig, target: Target, locks: ExitStack, say: Say, *, dry_run: bool
+) -> _Growing | None:
     """The store of a target if it has to grow; InputError or StoreError if it cannot."""
     path, tokens = target.path, config.tokens
     assert tokens is not None
@@ -110,6 +112,7 @@ def _look(config: HarvestConfig, target: Target, locks: ExitStack, say: Say) -> 
             f"There is no store at {path} that could be extended. Leave out --extend to harvest one."
         )
     locks.enter_context(sole_writer(path, "Store"))
+    check_no_links(path)
     remove_leftovers(path, deep=True)
     if is_being_switched(path):
         switch(path)
@@ -135,7 +138,8 @@ def _look(config: HarvestConfig, target: Target, locks: ExitStack, say: Say) -> 
             begun = None
     if tokens in (store.n_rows, store.manifest["request"]["tokens"]):
         say(f"{path} is complete: {store.n_rows:,} rows of this recipe. Nothing to do.")
-        remove_staging(path)
+        if not dry_run:
+            remove_staging(path)
         return None
     if tokens < store.n_rows:
         raise InputError(
@@ -266,7 +270,7 @@ class _Extend:
             if folder != source and folder not in there:
                 remove_staging(folder.parent.parent)
                 folder.parent.mkdir()
-                link_tree(source, folder)
+                take_corpus(source, folder, self._corpus_recipe, source.parent)
         return Corpus(folders[0])
 
     def _source(self, folder: Path) -> Path:

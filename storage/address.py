@@ -8,6 +8,7 @@ An address never holds credentials: it is written into runs, manifests and messa
 the environment or the profile files of each service (docs/sharing.md).
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -103,6 +104,11 @@ class Address:
 
 
 Place = Path | Address
+
+
+def expanded(path: str | Path) -> Path:
+    """A local path with ~ spelt out; ~ of nobody stays as it is, and is then not found."""
+    return Path(os.path.expanduser(path))
 
 
 def place(where: str | Path | Address, *, may_be_bucket: bool = False) -> Place:

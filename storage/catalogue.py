@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from .address import Address, Place, place
+from .address import Address, Place, expanded, place
 from .catalogue_folders import Folder, Folders, Found, folders_of
 from .catalogue_index import Known, read_index, write_index
 from .errors import StoreError
@@ -69,7 +69,7 @@ def catalogue_place(given: str | None) -> Place | None:
     if not name:
         return None
     found = place(name, may_be_bucket=True)
-    return found if isinstance(found, Address) else found.expanduser()
+    return found if isinstance(found, Address) else expanded(found)
 
 
 class _Search:
@@ -85,7 +85,8 @@ class _Search:
         """Look into every folder, level by level, but not into stores."""
         level, room = [""], MAX_FOLDERS
         for _ in range(MAX_DEPTH + 1):
-            if len(level) > room:
+            is_cut = len(level) > room
+            if is_cut:
                 self._warn(
                     f"There are more than {MAX_FOLDERS:,} folders below {self._folders.place}, and "
                     "not all were looked into. Pass one that has fewer."
@@ -94,7 +95,7 @@ class _Search:
             room -= len(level[:room])
             self._take(looked)
             level = [name for each in looked if not self._is_ours(each) for name in each.below]
-            if not level or room <= 0:
+            if not level or is_cut:
                 return
 
     def _is_ours(self, folder: Folder) -> bool:

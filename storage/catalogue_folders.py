@@ -101,7 +101,7 @@ class LocalFolders:
     """A folder of this machine."""
 
     def __init__(self, place: Path, warn: Warn) -> None:
-        if not place.is_dir():
+        if not os.path.isdir(place):  # also where it may not be looked at
             raise InputError(f"There is no folder {place}. Pass one that holds stores.")
         self.place, self._root, self._warn = place, place.resolve(), warn
 

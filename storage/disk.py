@@ -2,10 +2,11 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import DiskError
-from .files import fsync_folder
+from .files import disk_error, fsync_folder
 
 
 def free_bytes(path: Path) -> int:
@@ -36,21 +37,34 @@ def check_room(path: Path, needed: int) -> None:
         )
 
 
-def link_tree(source: Path, target: Path) -> None:
+def link_tree(
+    source: Path, target: Path, check: Callable[[Path], object] = lambda folder: None
+) -> None:
     """Make `target` hold the files of `source`, without copying them where the disk allows.
 
-    Files of a store are never changed in place, only replaced, so sharing them is safe.
+    Files of a store are never changed in place, only replaced, so sharing them is safe. check: of the
+    copy, before it is `target`; what it raises leaves nothing. Raises DiskError.
     """
     unfinished = target.with_name(f".{target.name}.linking")
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(source, unfinished, copy_function=link_or_copy, ignore=_links)
-    os.replace(unfinished, target)
-    fsync_folder(target.parent)
+    try:
+        for folder, _, names in os.walk(source, onerror=_raise):
+            place = unfinished / Path(folder).relative_to(source)
+            place.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                if not Path(folder, name).is_symlink():  # may lead anywhere, and is no store's
+                    link_or_copy(Path(folder, name), place / name)
+        check(unfinished)
+        os.replace(unfinished, target)
+        fsync_folder(target.parent)
+    except OSError as error:
+        raise disk_error(error, target) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _links(folder: str, names: list[str]) -> list[str]:
-    """Symbolic links, which may lead anywhere: no file of a store is one."""
-    return [name for name in names if Path(folder, name).is_symlink()]
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

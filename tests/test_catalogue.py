@@ -24,6 +24,7 @@ from sae_pipe.storage import (
     StoreEntry,
     StoreError,
     StoreFilter,
+    catalogue,
     list_stores,
 )
 from sae_pipe.storage.catalogue import CATALOG, LIMIT_BYTES, catalogue_place
@@ -265,6 +266,32 @@ def test_a_manifest_that_is_damaged_or_foreign_is_a_line_and_not_the_end(
         (line,) = said
         assert f"{lab}/a.zarr" in line
         assert message in line
+
+
+@pytest.mark.parametrize("most", [2, 3, 4])
+def test_where_there_are_too_many_folders_that_is_said(
+    lab: Path, manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    for name in ("a", "b"):
+        put(lab / name / "acts.zarr", manifest)
+    monkeypatch.setattr(catalogue, "MAX_FOLDERS", most)
+    said: list[str] = []
+    list_stores(lab, warn=said.append)
+    assert said == [
+        f"There are more than {most} folders below {lab}, and not all were looked into. Pass one that "
+        "has fewer."
+    ]
+    monkeypatch.setattr(catalogue, "MAX_FOLDERS", 5)
+    assert len(list_stores(lab, warn=fail)) == 2
+
+
+@pytest.mark.parametrize("text", ["~nobody-of-that-name/x", "a" * 300])
+def test_whatever_is_typed_is_no_place_or_no_model(text: str, lab: Path) -> None:
+    result = CliRunner().invoke(app, ["store", "ls", text])
+    assert (result.exit_code, result.stderr) == (
+        2, f"Error: There is no folder {text}. Pass one that holds stores.\n"
+    )  # fmt: skip
+    assert ls(lab, "--model", text)[0] == f"There are no such stores in {lab}.\n"
 
 
 def test_a_manifest_that_is_too_large_is_not_read(lab: Path, manifest: dict[str, Any]) -> None:

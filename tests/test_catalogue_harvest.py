@@ -1,7 +1,10 @@
 """A harvest and the catalogue: a recipe that is there already, and tokens that can be taken."""
 
+import errno
 import json
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +19,7 @@ from sae_pipe.stages.harvest import harvest
 from sae_pipe.stages.harvest_config import HarvestConfig, request_of, targets
 from sae_pipe.stages.harvest_remote import asked_for, harvest_anywhere, spooled
 from sae_pipe.stages.sources import TextConfig
-from sae_pipe.storage import NetworkError, StoreError, list_stores, open_store
+from sae_pipe.storage import DiskError, NetworkError, StoreError, list_stores, open_store
 from sae_pipe.storage.address import Address, Place
 from sae_pipe.storage.catalogue import CATALOG
 from sae_pipe.storage.corpus import CORPUS_JSON, Corpus, corpus_digest
@@ -362,3 +365,41 @@ out = "{tmp_path}/runs"
     (run,) = (tmp_path / "runs").glob("*/config.json")
     fitted = json.loads(run.read_text())["store"]
     assert fitted["digest"] == open_store(lab / "ann/acts.zarr").digest
+
+
+def test_tokens_that_become_others_while_they_are_taken_are_not_taken(
+    lm: Path, text: Path, lab: Path, tmp_path: Path
+) -> None:
+    config = config_for(lm, text, tmp_path / "mine/acts.zarr", mask_p=(0.2,), catalog=lab)
+    theirs = config_for(lm, text, lab / "ann/acts.zarr", tokens=9000, extend=True)
+    message = (
+        f"^The tokens of {lab}/ann/acts.zarr became others while they were taken: it is being extended "
+        r"or repaired\. Run the same command again\.$"
+    )
+    with pytest.raises(StoreError, match=message):
+        ran(config, planned=lambda plan: ran(theirs))
+    assert not (tmp_path / "mine/acts.zarr/corpus").exists()
+    there, _ = ran(config)
+    alone, _ = ran(replace(config, out=tmp_path / "alone/acts.zarr", catalog=None))
+    assert open_store(there[0]).digest == open_store(alone[0]).digest
+
+
+def test_a_disk_that_fills_while_tokens_are_copied_is_one_sentence(
+    lm: Path, text: Path, lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(code: int) -> Callable[..., None]:
+        def fail(*arguments: object, **options: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        return fail
+
+    config = config_for(lm, text, tmp_path / "mine/acts.zarr", mask_p=(0.2,), catalog=lab)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", fails(errno.EXDEV))
+        patched.setattr(shutil, "copy2", fails(errno.ENOSPC))
+        with pytest.raises(DiskError, match=r"^The disk is full: .*/mine/acts\.zarr/corpus"):
+            ran(config)
+    assert sorted(file.name for file in (tmp_path / "mine/acts.zarr").iterdir()) == [
+        ".lock", "manifest.json", "tokenizer.json"
+    ]  # fmt: skip
+    assert ran(config)[0] == [config.out]

@@ -165,6 +165,19 @@ def test_a_store_that_became_another_one_meanwhile_is_not_mixed_with_the_extensi
         quiet(extending)
 
 
+def test_nothing_is_written_or_removed_through_a_link(
+    extending: HarvestConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis/corpus").mkdir(parents=True)
+    (tmp_path / "thesis/corpus/thesis.tex").write_text("years of work")
+    link = extending.out / ".extending"
+    link.symlink_to(tmp_path / "thesis")
+    message = f"^{link} is a symbolic link, and nothing is written through one. Remove it, or pass another place.$"
+    with pytest.raises(StoreError, match=message):
+        quiet(extending)
+    assert (tmp_path / "thesis/corpus/thesis.tex").read_text() == "years of work"
+
+
 def test_a_full_disk_leaves_the_old_store_and_the_next_command_goes_on(
     extending: HarvestConfig,
     store: Path,
