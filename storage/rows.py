@@ -305,9 +305,9 @@ class SplitReader:
     def _larger(self, shard: int, known: dict[str, Any]) -> dict[str, Any] | None:
         """The record of the larger file that is in a shard's place by now, if there is one."""
         manifest = manifest_now(self._root)
-        if manifest is None or shard != self.layout.n_shards - 1:
-            return None
         there = records_of(manifest, self._split)
+        if manifest is None or there is None or shard != self.layout.n_shards - 1:
+            return None
         if len(there) <= shard or not self._is_same_store(manifest, shard):
             return None
         name = self.shard_path(shard).relative_to(self._root).as_posix()
@@ -315,17 +315,17 @@ class SplitReader:
 
     def _is_same_store(self, manifest: Manifest, shard: int) -> bool:
         """Whether a manifest is of the store that was opened, extended: told by the shards before."""
-        return 0 < shard and records_of(manifest, self._split)[:shard] == self._shards[:shard]
+        there = records_of(manifest, self._split)
+        return 0 < shard and there is not None and there[:shard] == self._shards[:shard]
 
     def _take_record(self, shard: int, record: dict[str, Any]) -> None:
         self._shards = [*self._shards[:shard], record]
 
     def _is_replaced(self, shard: int) -> bool:
         """Whether the manifest on disk records another file than the one that this reader has."""
-        manifest, known = manifest_now(self._root), self._record(shard)
-        if manifest is None or known is None:
+        there, known = records_of(manifest_now(self._root), self._split), self._record(shard)
+        if there is None or known is None:
             return False
-        there = records_of(manifest, self._split)
         try:
             return len(there) <= shard or bool(there[shard]["files"] != known["files"])
         except (KeyError, TypeError):

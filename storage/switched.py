@@ -3,6 +3,7 @@
 An extension (`extension.py`) puts its files to their places one by one, and its manifest last.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +27,27 @@ def manifest_now(root: Path) -> Manifest | None:
     """The manifest of a store; while an extension is put to its place, that of the extension, whose
     files are there or come in an instant.
 
-    None when it cannot be read; without any content when the extension's has gone.
+    None when it cannot be read; one without shards when the extension's has gone.
     """
-    for _ in range(2):  # it may be at its place when it is looked for where it was made
-        try:
+    try:
+        for _ in range(2):  # it may be at its place when it is looked for where it was made
             manifest = load_bounded_json(root / MANIFEST)
             if manifest["state"] != EXTENDING:
                 return dict(manifest)
-            name = f"{STAGING}/{MANIFEST}"
-            data = read_plain(root, name, MANIFEST_LIMIT_BYTES)
-            return dict(parse_json(data, str(root / name)))
-        except FileNotFoundError:
-            continue
-        except (SaePipeError, OSError, KeyError, TypeError, ValueError):
-            return None
-    return {}
+            with suppress(FileNotFoundError):
+                data = read_plain(root, f"{STAGING}/{MANIFEST}", MANIFEST_LIMIT_BYTES)
+                return dict(parse_json(data, f"{root}/{STAGING}/{MANIFEST}"))
+    except (SaePipeError, OSError, KeyError, TypeError, ValueError):
+        return None
+    return {split: {"shards": []} for split in ("train", "heldout")}
 
 
-def records_of(manifest: Manifest, split: str) -> list[Any]:
-    """The records of a split's shards; none where they are not of our form."""
+def records_of(manifest: Manifest | None, split: str) -> list[Any] | None:
+    """The records of a split's shards, as far as there are any of our form."""
     try:
-        return list(manifest[split]["shards"])
+        return list(manifest[split]["shards"]) if manifest is not None else None
     except (KeyError, TypeError):
-        return []
+        return None
 
 
 def larger_record(known: Record, now: Record, root: Path, name: str) -> Record | None:
