@@ -7,7 +7,7 @@ from typing import Any
 from ..storage import ActivationStore, open_store
 from ..storage.address import Address, Place, only_local
 from ..storage.extension import store_before
-from ..storage.manifest import COMPLETE, read_manifest
+from ..storage.manifest import COMPLETE, Manifest, layout_of, read_manifest
 from ..storage.unfinished import PrefixStore, follow_store, open_prefix
 from .rundir import RunFolder
 from .sae.weights import is_run_config, load_config
@@ -18,12 +18,15 @@ Say = Callable[[str], object]
 def open_to_fit(path: Place, run: Path, *, follow: bool, say: Say) -> ActivationStore:
     """Open a store for the run in a folder, which may have been begun.
 
-    A run that was begun on the first rows of an unfinished store goes on with just those, even if
-    there are more by now. follow: all rows, waited for. say: told which rows these are, and about
+    A run that was begun on the first rows of an unfinished store, or before a store was extended,
+    goes on with just those, even if there are more by now. follow: all rows, waited for. say: told which rows these are, and about
     waiting. Raises StoreError as `open_store` does, or when no row is there yet.
     """
     if follow:
-        return follow_store(only_local(path, "A store is followed where it is written"), say)
+        folder = only_local(path, "A store is followed where it is written")
+        followed = follow_store(folder, say, begun=_recipe(run).get("store_digest"))
+        _say_if_extended(followed, read_manifest(folder), say)
+        return followed
     if isinstance(path, Address):
         return open_store(path)
     pin = _pinned(run)
@@ -47,11 +50,18 @@ def _as_begun(store: ActivationStore, run: Path, say: Say) -> ActivationStore:
     before = store_before(store, _recipe(run).get("store_digest"))
     if before is None:
         return store
-    say(
-        f"{store.place} was extended to {store.n_rows:,} rows since: going on with the "
-        f"{before.n_rows:,} that it was begun with."
-    )
+    _say_if_extended(before, store.manifest, say)
     return before
+
+
+def _say_if_extended(store: ActivationStore, now: Manifest, say: Say) -> None:
+    """Say so if a store is the rows before an extension. now: the manifest of what is there."""
+    n_rows = layout_of(now["train"], store.place).n_rows
+    if n_rows > store.n_rows:
+        say(
+            f"{store.place} was extended to {n_rows:,} rows since: going on with the "
+            f"{store.n_rows:,} that it was begun with."
+        )
 
 
 def _pinned(run: Path) -> dict[str, Any]:

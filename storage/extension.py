@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import provenance
+from .before import manifests_before, not_kept
 from .builder import (
     Measure,
     StoreBuilder,
@@ -32,7 +33,7 @@ from .card import write_card
 from .corpus import Corpus
 from .errors import StoreError
 from .extending_writer import ExtendingWriter
-from .files import disk_error, fsync_folder, is_sha256
+from .files import disk_error, fsync_folder
 from .layout import Layout
 from .manifest import (
     COMMITS,
@@ -51,9 +52,9 @@ from .rows import SplitReader
 from .signed import SIGNATURE
 from .statistics import Distortion, Moments
 from .store import ActivationStore
+from .switched import STAGING
 from .writer import SplitWriter, write_vectors
 
-STAGING = ".extending"
 _ARRAYS = ("activations", "source", "masked")
 # What stands in the folder of an extension and goes into the store; all of it is one or below one.
 _PARTS = (*_ARRAYS, "heldout", "statistics", "corpus", "zarr.json")
@@ -148,7 +149,13 @@ class ExtensionBuilder(StoreBuilder):
             distortion = None
         moments.merge(added.moments)
         write_vectors(self.path, vectors_of(moments, distortion))
-        extended = {**manifest["extends"], "statistics": manifest["statistics"]}
+        before = read_manifest(self.root)
+        extended = {
+            **manifest["extends"],
+            "statistics": manifest["statistics"],
+            "recipe": before["recipe"],
+            "corpus": before["corpus"]["digest"],
+        }
         manifest["train"]["shards"] = [*manifest["train"]["shards"][:n_whole], *added.shards]
         manifest["statistics"] = statistics_entry(moments)
         manifest["files"] |= self.other_files()
@@ -223,44 +230,15 @@ class StoreBefore(ActivationStore):
         """What it was made from was checked when the store was opened."""
 
     def _vector(self, name: str) -> NDArray[np.float64]:
-        raise StoreError(
-            f"{self.path / name} is that of all rows that the store has by now, and that of the "
-            f"{self.n_rows:,} rows before it was extended is not kept. Open the store itself."
-        )
+        raise not_kept(self.path / name, self.n_rows)
 
 
 def store_before(store: ActivationStore, digest: object) -> StoreBefore | None:
     """What a store was when it had this digest, if that was before an extension."""
-    found = next((each for each in _extensions(store.manifest) if each["digest"] == digest), None)
-    if found is None or found["rows"] > store.n_rows:  # of a part, perhaps a smaller one
-        return None
-    manifest = copy.deepcopy(store.manifest)
-    layout = replace(store.train_reader.layout, n_rows=int(found["rows"]))
-    shards = manifest["train"]["shards"][: layout.n_shards]
-    first, last = layout.rows_of_shard(layout.n_shards - 1)
-    shards[-1]["rows"] = last - first  # of those that are in its files by now
-    manifest |= {
-        "train": {"layout": layout_json(layout), "shards": shards},
-        "statistics": found["statistics"],
-        "digest": found["digest"],
-    }
-    return StoreBefore(store.path, manifest)
-
-
-def _extensions(manifest: Manifest) -> list[dict[str, Any]]:
-    """What is noted of a store's extensions, as far as it is of our form: no digest covers it."""
-    made = manifest.get("provenance")
-    found = made.get("extensions") if isinstance(made, dict) else None
-    return [
-        each
-        for each in (found if isinstance(found, list) else ())
-        if isinstance(each, dict)
-        and is_sha256(each.get("digest"))
-        and type(each.get("rows")) is int
-        and each["rows"] > 0
-        and isinstance(each.get("statistics"), dict)
-        and type(each["statistics"].get("mean_squared_norm")) is float
-    ]
+    for before in manifests_before(store.manifest):
+        if before["digest"] == digest:
+            return StoreBefore(store.path, before)
+    return None
 
 
 def resume_any(path: Path) -> StoreBuilder:

@@ -23,8 +23,9 @@ from .codecs.blosc import PLAIN
 from .errors import InputError, SaePipeError, StoreError
 from .files import plain_size
 from .layout import Layout
-from .manifest import EXTENDING, MANIFEST, load_bounded_json
+from .manifest import Manifest
 from .shard import checked_frame, index_bytes, packed_limit, parse_index
+from .switched import larger_record, manifest_now, records_of
 from .values import Floats, Rows
 
 _OPEN_FILES = 256
@@ -54,9 +55,9 @@ class SplitReader:
         self._root, self._folder = root, root / split if split else root
         self._shards = shards
         self._files: OrderedDict[int, int] = OrderedDict()
-        weakref.finalize(
-            self, _close_all, self._files
-        )  # plain descriptors close nothing themselves
+        self._replaced_files: list[int] = []  # open still: a thread may be reading one
+        # Plain descriptors close nothing themselves.
+        weakref.finalize(self, _close_all, self._files, self._replaced_files)
         self._indices: dict[int, NDArray[np.uint64]] = {}
         self._lock = threading.Lock()
         self._scratch = threading.local()
@@ -139,7 +140,7 @@ class SplitReader:
         """Decode one chunk into out_RD (R, D), in the memory type that the codec serves."""
         shard, inner = divmod(chunk, self.layout.chunks_per_shard)
         first = inner * self._frames_a_chunk
-        stored = self._stored_buffer()
+        stored, known = self._stored_buffer(), self._record(shard)
         try:
             index = self._index(shard)
             for frame in range(self._frames_a_chunk):
@@ -150,7 +151,7 @@ class SplitReader:
         except SaePipeError:
             raise  # some are OSErrors too: of a file that could not be fetched
         except (ValueError, OSError) as error:
-            if not self._goes_on_in_larger(shard):
+            if not self._goes_on_in_larger(shard, known):
                 raise self._damaged(shard, error) from error
             self.decode_chunk(chunk, out_RD)
 
@@ -187,36 +188,46 @@ class SplitReader:
     def _index(self, shard: int) -> NDArray[np.uint64]:
         index = self._indices.get(shard)
         if index is None:
+            record = self._record(shard)
+            assert record is not None
             first, last = self.layout.rows_of_shard(shard)
             frames = -(-(last - first) // self.layout.chunk_rows) * self._frames_a_chunk
-            file, size = self._file(shard), self._recorded_bytes(shard)
+            file, size = self._file(shard), int(record["files"]["activations"]["bytes"])
             length = index_bytes(self.layout.chunks_per_shard * self._frames_a_chunk)
             if length > size:
                 raise ValueError("it is smaller than the index of its chunks")
             tail = os.pread(file, length, size - length)
             if len(tail) != length:
                 raise ValueError("it is truncated")
-            index = self._indices[shard] = parse_index(tail, frames, size)
+            index = parse_index(tail, frames, size)
+            with self._lock:
+                if self._record(shard) is record:  # and not that of a larger file by now
+                    self._indices[shard] = index
         return index
 
-    def _recorded_bytes(self, shard: int) -> int:
-        return int(self._shards[shard]["files"]["activations"]["bytes"])
+    def _record(self, shard: int) -> dict[str, Any] | None:
+        """What is recorded of a shard's files, as far as it is known yet."""
+        return self._shards[shard] if shard < len(self._shards) else None
 
     def _file(self, shard: int) -> int:
-        with self._lock:
-            file = self._files.get(shard)
-            if file is not None:
-                self._files.move_to_end(shard)
+        while True:
+            with self._lock:
+                record, file = self._record(shard), self._files.get(shard)
+                if file is not None:
+                    self._files.move_to_end(shard)
+                    return file
+            opened = self._open(shard)
+            with self._lock:
+                if self._record(shard) is not record:  # it may be the file before
+                    os.close(opened)
+                    continue
+                file = self._files.setdefault(shard, opened)
+                if file != opened:  # another thread was faster
+                    os.close(opened)
+                elif len(self._files) > _OPEN_FILES:
+                    # Only ever the least recently used of many: no thread can still be reading it.
+                    os.close(self._files.popitem(last=False)[1])
                 return file
-        opened = self._open(shard)
-        with self._lock:
-            file = self._files.setdefault(shard, opened)
-            if file != opened:  # another thread was faster
-                os.close(opened)
-            elif len(self._files) > _OPEN_FILES:
-                # Only ever the least recently used of many: no thread can still be reading it.
-                os.close(self._files.popitem(last=False)[1])
-            return file
 
     def _open(self, shard: int) -> int:
         return os.open(self.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
@@ -268,37 +279,61 @@ class SplitReader:
             "nothing else."
         )
 
-    def _goes_on_in_larger(self, shard: int) -> bool:
-        """Whether this is the last shard, and was filled up by an extension since the store was opened.
+    def _goes_on_in_larger(self, shard: int, known: dict[str, Any] | None) -> bool:
+        """Whether reading can be tried again: in the larger file of a shard that was filled up by an
+        extension since the store was opened.
 
-        Its rows stand where they stood (`storage/extension.py`), and from now on they are read there.
-        That it is the same store is told by the shards before it.
+        Its rows stand where they stood (`storage/extension.py`). known: the record when reading was
+        tried; if there is another one by now, another thread was faster. All that was read by it,
+        index and descriptor, goes with it.
         """
-        there = self._recorded_now()
-        if there is None or not 0 < shard == len(self._shards) - 1 or len(there) <= shard:
+        with self._lock:
+            if self._record(shard) is not known:
+                return True
+        larger = self._larger(shard, known) if known is not None else None
+        if larger is None:
             return False
-        known, now = self._shards[shard], there[shard]
-        is_larger = now["rows"] > known["rows"] and now["files"] != known["files"]
-        if not is_larger or there[:shard] != self._shards[:shard]:
-            return False
-        self._shards = [*self._shards[:shard], {**now, "rows": known["rows"]}]
+        with self._lock:
+            if self._record(shard) is known:
+                self._take_record(shard, larger)
+                self._indices.pop(shard, None)
+                file = self._files.pop(shard, None)
+                if file is not None:
+                    self._replaced_files.append(file)
         return True
+
+    def _larger(self, shard: int, known: dict[str, Any]) -> dict[str, Any] | None:
+        """The record of the larger file that is in a shard's place by now, if there is one."""
+        manifest = manifest_now(self._root)
+        there = records_of(manifest, self._split)
+        if manifest is None or there is None or shard != self.layout.n_shards - 1:
+            return None
+        if len(there) <= shard or not self._is_same_store(manifest, shard):
+            return None
+        name = self.shard_path(shard).relative_to(self._root).as_posix()
+        return larger_record(known, there[shard], self._root, name)
+
+    def _is_same_store(self, manifest: Manifest, shard: int) -> bool:
+        """Whether a manifest is of the store that was opened, extended: told by the shards before."""
+        there = records_of(manifest, self._split)
+        return 0 < shard and there is not None and there[:shard] == self._shards[:shard]
+
+    def _take_record(self, shard: int, record: dict[str, Any]) -> None:
+        self._shards = [*self._shards[:shard], record]
 
     def _is_replaced(self, shard: int) -> bool:
         """Whether the manifest on disk records another file than the one that this reader has."""
-        there = self._recorded_now()
-        if there is None or len(self._shards) <= shard:
+        there, known = records_of(manifest_now(self._root), self._split), self._record(shard)
+        if there is None or known is None:
             return False
-        return len(there) <= shard or bool(there[shard]["files"] != self._shards[shard]["files"])
-
-    def _recorded_now(self) -> list[Any] | None:
-        """The records of the shards in the manifest on disk, if there is one; none while it changes."""
-        split = "train" if self._folder == self._root else self._folder.name
         try:
-            manifest = load_bounded_json(self._root / MANIFEST)
-            return [] if manifest["state"] == EXTENDING else list(manifest[split]["shards"])
-        except (SaePipeError, OSError, KeyError, TypeError):
-            return None
+            return len(there) <= shard or bool(there[shard]["files"] != known["files"])
+        except (KeyError, TypeError):
+            return False
+
+    @property
+    def _split(self) -> str:
+        return "train" if self._folder == self._root else self._folder.name
 
     def _read_plain(self, array: str, rows: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
         wanted = self._wanted(rows)
@@ -344,9 +379,11 @@ class SplitReader:
     def close(self) -> None:
         """Close the files; reading again opens them again."""
         with self._lock:
-            _close_all(self._files)
+            _close_all(self._files, self._replaced_files)
 
 
-def _close_all(files: OrderedDict[int, int]) -> None:
+def _close_all(files: OrderedDict[int, int], replaced: list[int]) -> None:
     while files:
         os.close(files.popitem()[1])
+    while replaced:
+        os.close(replaced.pop())

@@ -3,7 +3,8 @@
 `open_prefix` takes the shards that are sealed now, up to the first that is not, as a smaller store.
 `follow_store` takes the whole store as its sizes say it will be, and waits for each shard that is
 not sealed yet. What either serves depends on the recipe and not on when it was opened: the digest
-of a prefix is that of its shards' records, and that of a followed store leaves the shards out.
+of a prefix is that of its shards' records, and that of a followed store leaves the shards out. Both
+are of the store as it was harvested, even if it has been extended since (`before.py`).
 """
 
 import threading
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .before import manifests_before, not_kept
 from .errors import InputError, StoreError
 from .lock import has_writer
 from .manifest import (
     COMMITS,
     COMPLETE,
+    EXTENDING,
     HARVESTING,
     TOKENISING,
     Manifest,
@@ -29,6 +32,7 @@ from .manifest import (
     layout_of,
     read_commit,
     read_manifest,
+    read_manifest_of_any_state,
 )
 from .rows import SplitReader
 from .statistics import Moments
@@ -107,12 +111,14 @@ def open_prefix(
 ) -> PrefixStore:
     """The sealed shards up to the first that is not, of an unfinished or a complete store.
 
-    rows, heldout_rows: take just so many, as an earlier `pin` says. Raises StoreError when no
-    training row, or not so many rows, are there.
+    rows, heldout_rows: take just so many, as an earlier `pin` says, which was of a store that had
+    not been extended yet. Raises StoreError when no training row, or not so many rows, are there.
     """
     manifest, records = _sealed(path)
     asked = {"train": rows, "heldout": heldout_rows}
     derived = dict(manifest)
+    if rows is not None and (before := manifests_before(manifest)):
+        derived |= {name: before[0][name] for name in ("recipe", "corpus")}
     n_shards = layout_of(manifest["train"], path).n_shards
     for split, n_asked in asked.items():
         layout = layout_of(manifest[split], path)
@@ -193,6 +199,25 @@ class _Feed:
             stopped.wait(POLL_S)
         return record
 
+    def look_again(self, split: str, shard: int, stopped: threading.Event) -> Record | None:
+        """The record of a shard whose files are not those that `wait_for` has given the record of:
+        another one if the store was extended meanwhile. Waits while files are put to their places.
+        """
+        while True:
+            with self._lock:
+                manifest = read_manifest_of_any_state(self._path)
+                if manifest.get("state") != EXTENDING:
+                    manifest = self._as_followed(manifest)
+                    if manifest["state"] != COMPLETE:
+                        return None
+                    self._complete = manifest
+                    found: Record = manifest[split]["shards"][shard]
+                    return found
+            if self.is_asked_to_end() or stopped.is_set():
+                raise WaitEnded
+            self._speak(split, shard)
+            stopped.wait(POLL_S)
+
     def _look(self, split: str, shard: int) -> Record | None:
         with self._lock:
             if self._complete is None:
@@ -200,8 +225,10 @@ class _Feed:
                 if record is not None:
                     return record
                 # Not sealed yet, or all records are in the manifest now.
-                manifest = read_manifest(self._path)
-                self._check_same(manifest)
+                manifest = read_manifest_of_any_state(self._path)
+                if manifest.get("state") == EXTENDING:
+                    return None
+                manifest = self._as_followed(manifest)
                 if manifest["state"] == COMPLETE:
                     self._complete = manifest
             if self._complete is None:
@@ -209,14 +236,21 @@ class _Feed:
             found: Record = self._complete[split]["shards"][shard]
             return found
 
-    def _check_same(self, manifest: Manifest) -> None:
-        if manifest.get("state") not in (HARVESTING, COMPLETE) or (
-            _identity(manifest) != self._identity
-        ):
-            raise StoreError(
-                f"Store {self._path} was begun anew with another recipe while it was followed. "
-                "Pass another --out to fit from it."
-            )
+    def _as_followed(self, manifest: Manifest) -> Manifest:
+        """A manifest, or of a store that was extended that of before, if it is of what is followed;
+        StoreError otherwise.
+        """
+        found = _with_identity(manifest, self._identity)
+        if manifest.get("state") in (HARVESTING, COMPLETE) and found is not None:
+            return found
+        raise StoreError(
+            f"Store {self._path} was begun anew with another recipe while it was followed. "
+            "Pass another --out to fit from it."
+        )
+
+    def is_followed(self, manifest: Manifest) -> bool:
+        """Whether a manifest is of the store that is followed, perhaps extended."""
+        return _with_identity(manifest, self._identity) is not None
 
     def _speak(self, split: str, shard: int) -> None:
         with self._lock:
@@ -230,9 +264,15 @@ class _Feed:
 def writer_of(path: Path) -> str:
     """A sentence: whether somebody is writing a store."""
     if has_writer(path) is False:
+        manifest = read_manifest_of_any_state(path)
+        if manifest.get("state") == EXTENDING:
+            return (
+                "An extension of it was interrupted: run the `sae-pipe harvest --extend` command once "
+                "more."
+            )
         return (
-            f"No process is writing it: run the `sae-pipe {began_by(read_manifest(path))}` command "
-            "that began it once more."
+            f"No process is writing it: run the `sae-pipe {began_by(manifest)}` command that began it "
+            "once more."
         )
     return "It is being written."
 
@@ -240,9 +280,9 @@ def writer_of(path: Path) -> str:
 class _FollowingReader(SplitReader):
     """Rows of one split, each shard as soon as it is sealed."""
 
-    def __init__(self, feed: _Feed, split: str, *args: Any) -> None:
+    def __init__(self, feed: _Feed, *args: Any) -> None:
         super().__init__(*args)
-        self._feed, self._split, self._stopped = feed, split, threading.Event()
+        self._feed, self._stopped = feed, threading.Event()
         self._known: dict[int, Record] = {}
 
     def stop_waiting(self) -> None:
@@ -256,19 +296,35 @@ class _FollowingReader(SplitReader):
         self._await(shard)
         return super()._plain_shard(array, shard, dtype)
 
-    def _recorded_bytes(self, shard: int) -> int:
-        return int(self._known[shard]["files"]["activations"]["bytes"])
+    def _record(self, shard: int) -> Record | None:
+        return self._known.get(shard)
+
+    def _is_same_store(self, manifest: Manifest, shard: int) -> bool:
+        return self._feed.is_followed(manifest)
+
+    def _take_record(self, shard: int, record: Record) -> None:
+        self._known[shard] = record
 
     def _await(self, shard: int) -> None:
         if shard in self._known:
             return
         record = self._feed.wait_for(self._split, shard, self._stopped)
         try:
+            self._check(shard, record)
+        except StoreError:
+            again = self._feed.look_again(self._split, shard, self._stopped)
+            if again is None or again == record:
+                raise
+            record = again
+            self._check(shard, record)
+        self._known.setdefault(shard, record)
+
+    def _check(self, shard: int, record: Record) -> None:
+        try:
             check_record(record, _ARRAYS[self._split], self.layout, shard)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(shard, ValueError(f"its record cannot be ({error})")) from error
         self.check_shard(shard, record)
-        self._known[shard] = record
 
 
 class FollowedStore(_Unfinished):
@@ -287,6 +343,11 @@ class FollowedStore(_Unfinished):
     def _identify(self) -> str:
         return _identity(self.manifest)
 
+    def _vector(self, name: str) -> NDArray[np.float64]:
+        if layout_of(read_manifest(self.path)["train"], self.path).n_rows != self.n_rows:
+            raise not_kept(self.path / name, self.n_rows)
+        return super()._vector(name)
+
     @property
     def pin(self) -> dict[str, Any]:
         return {"follow": True}
@@ -296,7 +357,7 @@ class FollowedStore(_Unfinished):
 
     def _reader(self, split: str, folder: str) -> SplitReader:
         layout = layout_of(self.manifest[split], self.path)
-        return _FollowingReader(self._feed, split, self.path, folder, layout, [], self._codec)
+        return _FollowingReader(self._feed, self.path, folder, layout, [], self._codec)
 
     def _reader_of_batches(self) -> SplitReader:
         return self._reader("train", "")  # its own: ending one loader's waits ends no other's
@@ -308,10 +369,22 @@ def _identity(manifest: Manifest) -> str:
     return content_digest({**manifest, **splits})
 
 
-def follow_store(path: str | Path, say: Say = lambda line: None) -> FollowedStore:
+def _with_identity(manifest: Manifest, identity: object) -> Manifest | None:
+    """A manifest, or that of before one of the extensions of a store, if it has this identity."""
+    try:
+        candidates = (manifest, *manifests_before(manifest))
+        return next((each for each in candidates if _identity(each) == identity), None)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def follow_store(
+    path: str | Path, say: Say = lambda line: None, *, begun: object = None
+) -> FollowedStore:
     """Open a store that is being written, or a complete one, to read all of it as it comes.
 
     Waits until its sizes are known, which is when its tokens are made. say: told about waiting.
+    begun: the digest of a followed store; of one that was extended since, the rows of that time.
     Raises StoreError when there is no store or it is damaged.
     """
     path, spoken = Path(path), False
@@ -325,7 +398,7 @@ def follow_store(path: str | Path, say: Say = lambda line: None) -> FollowedStor
             f"Store {path} cannot be followed: its state is {manifest.get('state')!r}."
         )
     try:
-        store = FollowedStore(path, manifest)
+        store = FollowedStore(path, _with_identity(manifest, begun) or manifest)
         store.while_waiting(lambda: False, say)  # the first shard is read before there is a trainer
         return store
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -4,7 +4,9 @@
 
 import itertools
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,21 +25,25 @@ from sae_pipe.stages.fit import fit
 from sae_pipe.stages.fit_source import open_to_fit
 from sae_pipe.stages.fitconfig import FitConfig
 from sae_pipe.stages.harvest import harvest
+from sae_pipe.stages.harvest_config import HarvestConfig
 from sae_pipe.stages.masking import MaskConfig, mask_tokens
 from sae_pipe.stages.plan import Rates
 from sae_pipe.stages.repair import repair
 from sae_pipe.stages.row_map import KeepRule, RowMap
-from sae_pipe.storage import ActivationStore, InputError, StoreError, open_store
+from sae_pipe.storage import ActivationStore, InputError, StoreError, extension, open_store
+from sae_pipe.storage import rows as rows_module
+from sae_pipe.storage.before import manifests_before
 from sae_pipe.storage.card import README, card
 from sae_pipe.storage.corpus import Corpus
 from sae_pipe.storage.counter import permutation, stream_key
+from sae_pipe.storage.files import write_json
 from sae_pipe.storage.layout import Layout
 from sae_pipe.storage.loader import BatchLoader
-from sae_pipe.storage.manifest import read_manifest
+from sae_pipe.storage.manifest import COMMITS, read_manifest
 from sae_pipe.storage.pull import Part, pull
 from sae_pipe.storage.recode import recode
 from sae_pipe.storage.shuffle import measure_shuffle
-from sae_pipe.storage.unfinished import open_prefix
+from sae_pipe.storage.unfinished import WaitEnded, follow_store, open_prefix, writer_of
 from sae_pipe.storage.values import Rows, round_to_bfloat16
 from sae_pipe.storage.verify import stored_files, verify_store
 
@@ -221,6 +227,8 @@ def test_the_manifest_says_how_the_store_came_to_be(store: Path, grown: Path) ->
     (extension,) = new["provenance"]["extensions"]
     assert extension["digest"] == old["digest"]
     assert extension["rows"] == BEFORE
+    assert extension["recipe"] == old["recipe"]
+    assert extension["corpus"] == old["corpus"]["digest"]
     assert len(new["provenance"]["runs"]) == len(old["provenance"]["runs"]) + 1
     assert new["execution"] == old["execution"]
     assert new["shuffle"]["failures"] == []
@@ -439,6 +447,91 @@ def test_a_store_that_was_opened_before_goes_on_with_its_rows(
         _ = old.mean
 
 
+def interrupt_while_switching(config: HarvestConfig) -> None:
+    """Extend a store up to where its files are at their places, and its manifest is not."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(extension, "write_card", interrupt)
+        with pytest.raises(Interrupted):
+            quiet(config)
+
+
+@pytest.mark.parametrize("how", ["closed", "evicted"])
+def test_an_index_that_was_read_before_is_not_used_on_the_larger_file(
+    lm: Path, text: Path, store: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    old, whole = open_store(copy), open_store(store)
+    if how == "closed":
+        old.read([5999])
+        old.close()
+    else:  # as the descriptor of one of more than 256 shards
+        with monkeypatch.context() as patched:
+            patched.setattr(rows_module, "_OPEN_FILES", 1)
+            old.read([5999])
+            old.read([0])
+    for n_rows in (6100, AFTER):
+        quiet(config_for(lm, text, copy, tokens=n_rows, extend=True))
+        with ThreadPoolExecutor(4) as pool:  # several of which find the larger file at once
+            read = list(pool.map(old.read, [slice(5600, 6000)] * 8))
+        for each in read:
+            np.testing.assert_array_equal(each, whole.read(slice(5600, 6000)))
+        old.close()
+    same_rows(old, whole, BEFORE)
+
+
+def test_a_descriptor_of_the_file_before_stays_open_for_who_reads_it_and_is_closed_in_the_end(
+    lm: Path, text: Path, store: Path, copy: Path
+) -> None:
+    old, whole = open_store(copy), open_store(store)
+    reader = old.train_reader
+    quiet(config_for(lm, text, copy, tokens=AFTER, extend=True))
+    before = os.open(store / "activations/c/11/0", os.O_RDONLY)
+    reader._files[11] = before  # of a thread that has opened it an instant before
+    old.read([5999])
+    assert reader._files[11] == before  # its rows are all in it
+    reader._indices.clear()
+    with (copy / "activations/c/11/0").open("rb") as larger:
+        os.dup2(larger.fileno(), before)  # as if it had been opened an instant later
+    np.testing.assert_array_equal(old.read([5999]), whole.read([5999]))
+    assert reader._files[11] != before
+    os.fstat(before)
+    old.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(before)
+
+
+def test_a_reader_goes_on_while_the_files_are_put_to_their_places(
+    lm: Path, text: Path, store: Path, copy: Path
+) -> None:
+    fresh, touched, late = open_store(copy), open_store(copy), open_store(copy)
+    touched.read([5999])
+    touched.close()
+    config = config_for(lm, text, copy, tokens=AFTER, extend=True)
+    interrupt_while_switching(config)
+    assert json.loads((copy / "manifest.json").read_text())["state"] == "extending"
+    for old in (fresh, touched):
+        same_rows(old, open_store(store), BEFORE)
+    aside = copy.with_name("aside")
+    shutil.move(copy / ".extending", aside)
+    message = (
+        f"^Store {copy} was extended or repaired since it was opened, and shard 11 is another file "
+        r"now\. Open it again\.$"
+    )
+    with pytest.raises(StoreError, match=message):
+        late.read([5999])
+    (copy / ".extending").symlink_to(aside)  # nothing is taken from where a link leads to
+    with pytest.raises(StoreError, match=r"^Shard 11 of .* is damaged: "):
+        late.read([5999])
+    (copy / ".extending").unlink()
+    shutil.move(aside, copy / ".extending")
+    quiet(config)
+    same_rows(late, open_store(store), BEFORE)
+    assert open_store(copy).n_rows == AFTER
+
+
 def test_a_store_in_whose_place_another_is_meanwhile_asks_to_be_opened_again(
     store: Path, copy: Path, small_store: ActivationStore
 ) -> None:
@@ -453,16 +546,11 @@ def test_a_store_in_whose_place_another_is_meanwhile_asks_to_be_opened_again(
         old.read([5999])
 
 
-def test_a_fit_goes_on_with_the_rows_that_it_was_begun_with(
-    lm: Path, text: Path, copy: Path, store: Path, tmp_path: Path
-) -> None:
-    """Interrupted after 12 batches, before the store grows, it comes to the weights of one that was not."""
-    config = FitConfig(arch="topk", k=4, d_sae=64, batch_size=256, device="cpu", tokens=8192)
-    fit(open_store(store), config, out=tmp_path / "whole", show_progress=False)
-    run = tmp_path / "run"
+class Interrupted(Exception): ...
 
-    class Interrupted(Exception): ...
 
+def fit_for_12_batches(opened: ActivationStore, config: FitConfig, run: Path) -> None:
+    """Begin a run, and leave it as an interruption does."""
     served = 0
 
     def until_12(loader: BatchLoader) -> Rows:
@@ -476,7 +564,18 @@ def test_a_fit_goes_on_with_the_rows_that_it_was_begun_with(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(BatchLoader, "__next__", until_12)
         with pytest.raises(Interrupted):
-            fit(open_store(copy), config, out=run, show_progress=False)
+            fit(opened, config, out=run, show_progress=False)
+
+
+def test_a_fit_goes_on_with_the_rows_that_it_was_begun_with(
+    lm: Path, text: Path, copy: Path, store: Path, tmp_path: Path
+) -> None:
+    """Interrupted after 12 batches, before the store grows, it comes to the weights of one that was not."""
+    config = FitConfig(arch="topk", k=4, d_sae=64, batch_size=256, device="cpu", tokens=8192)
+    fit(open_store(store), config, out=tmp_path / "whole", show_progress=False)
+    run = tmp_path / "run"
+
+    fit_for_12_batches(open_store(copy), config, run)
     quiet(config_for(lm, text, copy, tokens=AFTER, extend=True))
     said: list[str] = []
     before = open_to_fit(copy, run, follow=False, say=said.append)
@@ -506,6 +605,103 @@ def test_a_fit_goes_on_with_the_rows_that_it_was_begun_with(
     )
     with pytest.raises(StoreError, match=message):
         open_prefix(copy, 6000, 0)
+
+
+class Harvested:
+    """A copy of a complete store as it looked when so many of its shards were sealed."""
+
+    def __init__(self, path: Path, shards: int) -> None:
+        self.path, self.manifest = path, read_manifest(path)
+        unfinished = json.loads(json.dumps(self.manifest)) | {"state": "harvesting"}
+        for split, n_sealed in (("train", shards), ("heldout", None)):
+            unfinished[split]["shards"] = []
+            for shard, record in enumerate(self.manifest[split]["shards"][:n_sealed]):
+                write_json(path / COMMITS / split / f"{shard:08d}.json", record)
+        for name in ("statistics", "files", "digest", "shuffle"):
+            unfinished.pop(name)
+        write_json(path / "manifest.json", unfinished)
+
+    def finish(self) -> None:
+        write_json(self.path / "manifest.json", self.manifest)
+        shutil.rmtree(self.path / COMMITS)
+
+
+@pytest.mark.parametrize("follow", [True, False], ids=["followed", "prefix"])
+def test_a_fit_that_was_begun_during_the_harvest_goes_on_after_extensions_to_the_same_weights(
+    lm: Path, text: Path, copy: Path, store: Path, tmp_path: Path, follow: bool
+) -> None:
+    config = FitConfig(arch="topk", k=4, d_sae=64, batch_size=256, device="cpu", tokens=8192)
+    run, said = tmp_path / "run", list[str]()
+    harvested = Harvested(copy, shards=12 if follow else 6)
+    begun = open_to_fit(copy, run, follow=follow, say=said.append)
+    fit_for_12_batches(begun, config, run)
+    harvested.finish()
+    for n_rows in (6100, AFTER):
+        quiet(config_for(lm, text, copy, tokens=n_rows, extend=True))
+    said.clear()
+    again = open_to_fit(copy, run, follow=follow, say=said.append)
+    assert (again.digest, again.n_rows) == (begun.digest, 6000 if follow else 3072)
+    assert said == [
+        f"{copy} was extended to 9,000 rows since: going on with the 6,000 that it was begun with."
+        if follow
+        else f"{copy} is complete by now: going on with its first 3,072 rows, 6 of 18 shards that it "
+        "was begun with."
+    ]
+    fit(again, config, out=run, show_progress=False)
+    at_once = follow_store(store) if follow else open_prefix(store, 3072, begun.heldout.n_rows)
+    fit(at_once, config, out=tmp_path / "whole", show_progress=False)
+    weights = [folder / "sae.safetensors" for folder in (run, tmp_path / "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    if follow:
+        message = (
+            r"that of the 6,000 rows before it was extended is not kept\. Open the store itself\.$"
+        )
+        with pytest.raises(StoreError, match=message):
+            _ = again.mean
+        assert follow_store(copy).n_rows == AFTER
+
+
+def test_who_follows_a_store_that_is_extended_before_all_is_read_gets_the_rows_it_was_to_have(
+    lm: Path, text: Path, copy: Path, store: Path
+) -> None:
+    harvested, whole = Harvested(copy, shards=2), open_store(store)
+    unaware, aware, done = follow_store(copy), follow_store(copy), follow_store(copy)
+    for each in (unaware, aware, done):
+        each.read([0])
+    harvested.finish()
+    aware.read([600 * 5])  # knows the records of that time from now on
+    done.read([5999])
+    done.train_reader.close()
+    config = config_for(lm, text, copy, tokens=AFTER, extend=True)
+    interrupt_while_switching(config)
+    said: list[str] = []
+    for each in (unaware, aware):
+        each.while_waiting(lambda: True, said.append)
+        with pytest.raises(WaitEnded):  # it waits for the files to be at their places
+            each.read([5999])
+        each.while_waiting(lambda: False, said.append)
+    assert writer_of(copy) == (
+        "An extension of it was interrupted: run the `sae-pipe harvest --extend` command once more."
+    )
+    np.testing.assert_array_equal(done.read(slice(5000, 6000)), whole.read(slice(5000, 6000)))
+    quiet(config)
+    for each in (unaware, aware, done):
+        assert each.n_rows == BEFORE
+        same_rows(each, whole, BEFORE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"recipe": None}, {"corpus": "no digest"}, {"rows": 0}, {"rows": 10**9}, {"statistics": 1.0}],
+    ids=str,
+)
+def test_what_is_noted_of_an_extension_counts_only_if_it_is_of_our_form(
+    grown: Path, changes: dict[str, Any]
+) -> None:
+    manifest = read_manifest(grown)
+    assert len(manifests_before(manifest)) == 1
+    manifest["provenance"]["extensions"][0] |= changes
+    assert manifests_before(manifest) == []
 
 
 def test_parts_recodings_and_the_order_of_an_extended_store_are_those_of_any(
