@@ -15,7 +15,7 @@ from .errors import DiskError, StoreError
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", re.ASCII)
-_LONGEST_PART = 200  # characters: file systems take 255 bytes, and temporary names are longer
+LONGEST_PART = 200  # characters: file systems take 255 bytes, and temporary names are longer
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -97,7 +97,7 @@ def is_plain_name(name: object) -> bool:
     """
     if not isinstance(name, str) or len(name) > 1000 or _NAME.fullmatch(name) is None:
         return False
-    return all(len(part) <= _LONGEST_PART for part in name.split("/"))
+    return all(len(part) <= LONGEST_PART for part in name.split("/"))
 
 
 def plain_size(root: Path, name: str) -> int:

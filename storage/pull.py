@@ -51,7 +51,14 @@ from .manifest import (
 from .minisign import PublicKey
 from .part import manifest_of_part, names_made, train_of_part
 from .plain_json import parse_plain_json
-from .signed import SIGNATURE, check_signature, check_unrecorded, local_signature, signature_of
+from .signed import (
+    SIGNATURE,
+    check_signature,
+    check_unrecorded,
+    local_signature,
+    remove_signature,
+    signature_of,
+)
 from .store import open_store
 from .store_source import StoreSource, source_of
 from .verify import OTHER, SHARD, StoredFile, stored_files, wrong_corpus
@@ -126,7 +133,7 @@ def pull(
         job = _Pull(origin, target, n_shards, trust)
         if job.is_complete():
             came = job.settle()
-            what = f"its {SIGNATURE} was fetched" if came else "Nothing to do"
+            what = f"Its {SIGNATURE} was fetched" if came else "Nothing to do"
             say(f"{target} is complete: it is what {source} holds. {what}.")
             return
         with sole_writer(target, "Store"):
@@ -237,7 +244,7 @@ class _Pull:
     def _has_same_manifest(self) -> bool:
         try:
             data = read_plain(self._target, MANIFEST, MANIFEST_LIMIT_BYTES)
-        except (OSError, ValueError):
+        except (OSError, ValueError, StoreError):
             return False
         return data == self._origin.data
 
@@ -297,11 +304,11 @@ class _Pull:
 
     def _put_signature(self) -> None:
         """Before the manifest that it is of; one of another manifest is removed."""
-        signature, file = self._trust.signature, self._target / SIGNATURE
+        signature = self._trust.signature
         if self._n_shards is not None or (signature is None and not self._has_same_manifest()):
-            file.unlink(missing_ok=True)
+            remove_signature(self._target)
         elif signature is not None and self._local_signature() != signature:
-            write_whole(file, signature)
+            write_whole(self._target / SIGNATURE, signature)
 
     def _fetch_list_of_tokens(self) -> None:
         """corpus.json, which names the other files of the tokens. StoreError when it does not."""
@@ -326,10 +333,9 @@ class _Pull:
         target, missing = self._target, self._missing(files)
         total, left = (sum(f.bytes for f in some) for some in (files, missing))
         check_room(target, left)
-        if missing and not self._has_same_manifest():
-            # What stands here is no store while its files are exchanged.
-            (target / MANIFEST).unlink(missing_ok=True)
-            (target / SIGNATURE).unlink(missing_ok=True)
+        if missing and is_begun(target) and not self._has_same_manifest():
+            remove_signature(target)
+            (target / MANIFEST).unlink()  # this is no store while its files are exchanged
         with open_bar(total, total - left) as bar:
             self._fetch(missing, bar)
 
@@ -354,6 +360,7 @@ class _Pull:
         ]
 
     def _is_there(self, file: StoredFile) -> bool:
+        check_no_link(self._target, file.name)
         return self._has_size(file) and file_digest(self._target / file.name) == file.sha256
 
     def _fetch(self, files: Sequence[StoredFile], bar: Bar) -> None:

@@ -22,7 +22,7 @@ from .card import README
 from .codecs import codec_of, get_codec
 from .corpus import CORPUS_JSON, Corpus
 from .errors import SaePipeError, StoreError
-from .files import is_plain_name, is_sha256, plain_size, read_plain
+from .files import LONGEST_PART, is_plain_name, is_sha256, plain_size, read_plain
 from .manifest import (
     COMMITS,
     COMPLETE,
@@ -141,7 +141,9 @@ def _files_of_record(
 
 def _recorded(name: str, kind: str, entry: Any, **of_shard: Any) -> StoredFile:
     if not is_plain_name(name):
-        raise ValueError(f"a file named {name[:200]!r}, which is not inside the store")
+        is_long = any(len(part) > LONGEST_PART for part in name.split("/"))
+        what = "which is too long" if is_long else "which is not inside the store"
+        raise ValueError(f"a file named {name[:LONGEST_PART]!r}, {what}")
     top = name.partition("/")[0].casefold()  # some file systems know no capitals
     if top == MANIFEST:
         raise ValueError("the manifest itself")
