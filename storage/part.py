@@ -23,11 +23,12 @@ _VECTORS = ("statistics/mean", "statistics/variance")
 
 def train_of_part(manifest: Manifest, n_shards: int, place: Place) -> dict[str, Any]:
     """What the manifest says of the training rows of the first shards of a store at a place."""
-    n_rows = layout_of(manifest["train"], place).rows_of_shard(n_shards - 1)[1]
-    return {
-        "layout": manifest["train"]["layout"] | {"n_rows": n_rows},
-        "shards": manifest["train"]["shards"][:n_shards],
-    }
+    with _of_what_is_recorded(place):
+        n_rows = layout_of(manifest["train"], place).rows_of_shard(n_shards - 1)[1]
+        return {
+            "layout": manifest["train"]["layout"] | {"n_rows": n_rows},
+            "shards": manifest["train"]["shards"][:n_shards],
+        }
 
 
 def names_made(target: Path, manifest: Manifest, place: Place) -> list[str]:
@@ -80,7 +81,7 @@ def _of_what_is_recorded(place: Place) -> Iterator[None]:
         yield
     except SaePipeError:
         raise  # some are ValueErrors too
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreError(
             f"The manifest of {place} is damaged: no part can be made of it ({error}). Push or "
             "harvest the store again."

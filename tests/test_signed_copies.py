@@ -123,14 +123,13 @@ def test_without_a_key_a_copy_with_another_manifest_is_not_said_to_be_the_store(
 def test_a_part_is_made_anew_of_the_signed_manifest(signed: Path, tmp_path: Path) -> None:
     part, fresh = Part(rows=1100), tmp_path / "fresh.zarr"
     quiet_pull(signed, fresh, part, key=KEY)
-    for number, tamper in enumerate(
-        (
-            lambda store: forge(store, "zarr.json"),
-            lambda store: flip(store / SHARD),
-            lambda store: (store / SIGNATURE).write_text("of another manifest"),
-            lambda store: change(store, lambda m: m["provenance"].pop("sampled")),
-        )
-    ):
+    tampered: list[Callable[[Path], object]] = [
+        lambda store: forge(store, "zarr.json"),
+        lambda store: flip(store / SHARD),
+        lambda store: (store / SIGNATURE).write_text("of another manifest"),
+        lambda store: change(store, lambda m: m["provenance"].pop("sampled")),
+    ]
+    for number, tamper in enumerate(tampered):
         target = Path(shutil.copytree(fresh, tmp_path / f"part-{number}.zarr"))
         tamper(target)
         quiet_pull(signed, target, part, key=KEY)
