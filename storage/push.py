@@ -158,7 +158,7 @@ def _has_signature(link: Link) -> bool:
 def _signature_there(link: Link) -> bytes | None:
     try:
         return link.read_small(SIGNATURE, LIMIT_BYTES)
-    except (FileNotFoundError, StoreError):  # some services forbid what is not there
+    except (FileNotFoundError, StoreError, NetworkError):  # what some have for what is not there
         return None
 
 
