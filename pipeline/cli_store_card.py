@@ -51,6 +51,7 @@ def _write(folder: Path, licence: str | None) -> str:
     from ..storage.licences import is_identifier
     from ..storage.lock import sole_writer
     from ..storage.manifest import write_manifest
+    from ..storage.signed import SIGNATURE_IS_GONE, remove_signature
     from ..storage.store_source import complete_manifest
 
     if licence is not None and not is_identifier(licence):
@@ -61,9 +62,12 @@ def _write(folder: Path, licence: str | None) -> str:
     complete_manifest(folder)  # before a lock is put where no store is
     with sole_writer(folder, "Store"):
         manifest = complete_manifest(folder)
-        if licence is not None:
+        lost = ""
+        if licence is not None and manifest.get("licence") != licence:
+            if remove_signature(folder):  # before what it is no longer of
+                lost = f"\n{SIGNATURE_IS_GONE}"
             manifest["licence"] = licence
             write_manifest(folder, manifest)
         if not write_card(folder, manifest):
-            return f"{folder / README} is your own, and stays as it is."
-    return f"{folder / README} is written."
+            return f"{folder / README} is your own, and stays as it is.{lost}"
+    return f"{folder / README} is written.{lost}"

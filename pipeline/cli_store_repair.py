@@ -65,7 +65,7 @@ def verify_files(path: Place, key: str | None = None) -> str:
     comment = None if key is None else _signed_as(path, folder, key)
     files = stored_files(folder, manifest)
     if key is not None and folder == path:
-        check_unrecorded(folder, files)
+        check_unrecorded(folder, [file.name for file in files])
     total = sum(file.bytes for file in files)
     begun = time.perf_counter()
     with progress(total, "verify", "B") as bar:

@@ -80,7 +80,7 @@ def _password(question: str, *, twice: bool = False) -> str:
 
     given = os.environ.get(PASSWORD)
     if given is not None:
-        return given
+        return _not_empty(given) if twice else given
     if not sys.stdin.isatty():
         raise InputError(
             f"The key needs a password, and there is no terminal to ask in. Set {PASSWORD}."
@@ -88,4 +88,15 @@ def _password(question: str, *, twice: bool = False) -> str:
     word = getpass.getpass(question)
     if twice and getpass.getpass("Once more: ") != word:
         raise InputError("The two passwords differ. Nothing was written.")
+    return _not_empty(word) if twice else word
+
+
+def _not_empty(word: str) -> str:
+    """The password of a new key; an old one may have been made with none."""
+    from ..storage import InputError
+
+    if not word:
+        raise InputError(
+            "An empty password locks nothing. Give one, or pass --no-password. Nothing was written."
+        )
     return word

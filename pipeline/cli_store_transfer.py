@@ -70,7 +70,7 @@ def push(
         return
     from ..storage.pull import pull as fetch
 
-    fetch(path, where, say=say, open_bar=open_bar_of("push"))
+    fetch(path, where, may_renew=True, say=say, open_bar=open_bar_of("push"))
 
 
 @told_to_the_user

@@ -41,6 +41,7 @@ from ..storage.manifest import (
     write_manifest,
 )
 from ..storage.repair import ASIDE, moments_of_rows
+from ..storage.signed import SIGNATURE_IS_GONE, remove_signature
 from ..storage.verify import (
     OTHER,
     SHARD,
@@ -195,7 +196,7 @@ class _Repair:
                 "again."
             )
         if wrong:
-            write_manifest(self.path, self.manifest)
+            self._write_manifest()
             self._say("The manifest's sizes are those of the files again.")
         return [damage for damage in damages if not damage.is_record_wrong]
 
@@ -332,6 +333,12 @@ class _Repair:
         }
         self.manifest["provenance"].setdefault("repairs", []).append(entry)
         write_card(self.path, self.manifest)
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        """Write it anew; the signature of the one before goes first."""
+        if remove_signature(self.path):
+            self._say(SIGNATURE_IS_GONE)
         write_manifest(self.path, self.manifest)
 
     def _look_again(self, damages: list[Damage]) -> None:

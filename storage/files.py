@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .errors import DiskError, StoreError
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", re.ASCII)
+LONGEST_PART = 200  # characters: file systems take 255 bytes, and temporary names are longer
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -43,7 +45,8 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a name that is too long, say: what went wrong first is told
+            temporary.unlink(missing_ok=True)
         raise disk_error(error, path) from error
 
 
@@ -90,8 +93,11 @@ def is_plain_name(name: object) -> bool:
     """Whether a text may name a file below a folder: parts of letters, digits and `._-`, none hidden.
 
     So it leaves its folder on no system: there is no `..`, no root, no drive, no backslash, no NUL.
+    No part is so long that a file system refuses it.
     """
-    return isinstance(name, str) and len(name) <= 1000 and _NAME.fullmatch(name) is not None
+    if not isinstance(name, str) or len(name) > 1000 or _NAME.fullmatch(name) is None:
+        return False
+    return all(len(part) <= LONGEST_PART for part in name.split("/"))
 
 
 def plain_size(root: Path, name: str) -> int:

@@ -234,7 +234,14 @@ def _stream(path: Path, password: str, salt: bytes, ops: int, mem: int) -> bytes
         n = _largest_power(mem // (r * 128))
         p = max(ops // 4 // n // r, 1)
     return hashlib.scrypt(
-        password.encode(), salt=salt, n=n, r=r, p=p, maxmem=2 * _MOST_MEM_BYTES - 1, dklen=104
+        # As the environment gives it, whatever bytes these are.
+        password.encode("utf-8", "surrogateescape"),
+        salt=salt,
+        n=n,
+        r=r,
+        p=p,
+        maxmem=2 * _MOST_MEM_BYTES - 1,
+        dklen=104,
     )
 
 

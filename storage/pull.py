@@ -1,7 +1,9 @@
 """A store fetched to a folder: all of it, byte for byte, or a fair part of it as a store of its own.
 
 Files are fetched several at once, compared with their digests, and written whole; the manifest
-comes last, so that what was interrupted is no store, and the same command goes on with it. A part
+comes last, so that what was interrupted is no store, and the same command goes on with it. With a
+key nothing that stands at the target is believed: each file is compared with its SHA-256 in the
+signed manifest, and the manifest of a part is made anew. A part
 is the first shards: contexts were permuted over the whole text and rows inside blocks, so that these
 are as fair a sample as any. It keeps all held-out rows and tokens, has statistics of its own rows,
 and a digest of its own; the manifest says what it is a part of.
@@ -11,19 +13,18 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import zarr_metadata
-from .address import Place, described
+from .address import Place
 from .bar import Bar, OpenBar, no_bar
-from .builder import StoreBuilder, is_begun, statistics_entry
+from .builder import is_begun
 from .card import write_card
-from .codecs import codec_of
-from .corpus import CORPUS_JSON
+from .corpus import CORPUS_JSON, INFO_LIMIT_BYTES
 from .disk import check_room, human_bytes
-from .errors import InputError, StoreError
+from .errors import InputError, NetworkError, StoreError
 from .files import (
     check_no_link,
     disk_error,
@@ -38,15 +39,29 @@ from .files import (
     write_whole,
 )
 from .lock import sole_writer
-from .manifest import COMPLETE, MANIFEST, Manifest, content_digest, layout_of, read_manifest
+from .manifest import (
+    COMPLETE,
+    MANIFEST,
+    MANIFEST_LIMIT_BYTES,
+    Manifest,
+    content_digest,
+    layout_of,
+    read_manifest,
+)
 from .minisign import PublicKey
+from .part import manifest_of_part, names_made, train_of_part
 from .plain_json import parse_plain_json
-from .repair import moments_of_rows
-from .signed import SIGNATURE, check_signature, signature_of
+from .signed import (
+    SIGNATURE,
+    check_signature,
+    check_unrecorded,
+    local_signature,
+    remove_signature,
+    signature_of,
+)
 from .store import open_store
 from .store_source import StoreSource, source_of
-from .verify import OTHER, SHARD, StoredFile, stored_files
-from .writer import write_vectors
+from .verify import OTHER, SHARD, StoredFile, stored_files, wrong_corpus
 
 _BEGUN_LIMIT_BYTES = 4096
 BEGUN = ".pulling"  # names the store that a folder without a manifest is to become
@@ -91,33 +106,39 @@ def pull(
     part: Part | None = None,
     *,
     key: PublicKey | None = None,
+    may_renew: bool = False,
     say: Say = print,
     open_bar: OpenBar = no_bar,
 ) -> None:
     """Fetch a complete store into a folder, or go on with that.
 
-    part: None for all; key: who has to have signed it, None for anybody. Raises InputError where something else stands at the target, StoreError for
-    a source that is missing, unfinished or damaged, DiskError before anything is written when the
-    disk is too small, NetworkError when patience with a lost connection has ended.
+    part: None for all; key: who has to have signed it, None for anybody; may_renew: whether the
+    manifest of a copy of the same rows gives way where it is another one (licences, statistics), as
+    it always does to a signed one. Raises InputError where something else stands at the target,
+    StoreError for a source that is missing, unfinished or damaged, DiskError before anything is
+    written when the disk is too small, NetworkError when patience with a lost connection has ended.
     """
     if isinstance(source, Path) and source.resolve() == target.resolve():
         raise InputError(f"{source} cannot be copied into itself. Pass another place for the copy.")
     origin = source_of(source)
     try:
-        signature = signature_of(source) if key is not None else _signature_if_any(source)
-        if key is not None:
+        if key is None:
+            signature = _signature_if_any(source)
+        else:
+            signature = signature_of(source)
             comment = check_signature(source, origin.data, signature, key)
             say(f"{source} was signed with key {key.name}: {comment}.")
         n_shards = (part or Part()).shards_of(origin.manifest, source)
-        job = _Pull(origin, target, n_shards)
+        trust = _Trust(signature, is_signed=key is not None, may_renew=may_renew or key is not None)
+        job = _Pull(origin, target, n_shards, trust)
         if job.is_complete():
-            say(f"{target} is complete: it is what {source} holds. Nothing to do.")
+            came = job.settle()
+            what = f"Its {SIGNATURE} was fetched" if came else "Nothing to do"
+            say(f"{target} is complete: it is what {source} holds. {what}.")
             return
         with sole_writer(target, "Store"):
-            remove_leftovers(target, deep=job.is_begun())
+            remove_leftovers(target, deep=job.is_begun() or is_begun(target))
             job.run(open_bar)
-            if n_shards is None and signature is not None:
-                write_whole(target / SIGNATURE, signature)
     finally:
         origin.close()
     store = open_store(target)
@@ -129,45 +150,109 @@ def pull(
 
 
 def _signature_if_any(source: Place) -> bytes | None:
-    """The signature that goes with a store where nobody asks for one."""
+    """The signature that goes with a store where nobody asks for one; asked for once.
+
+    Some services forbid what is not there, or have an error for it that looks like a lost connection.
+    """
     try:
-        return signature_of(source)
-    except StoreError:  # some services forbid what is not there
+        return signature_of(source, is_patient=False)
+    except (StoreError, NetworkError):
         return None
+
+
+@dataclass(frozen=True)
+class _Trust:
+    """signature: of the origin's manifest; is_signed: whether it was checked with a key."""
+
+    signature: bytes | None
+    is_signed: bool
+    may_renew: bool
 
 
 class _Pull:
     """n_shards: of the training rows; None for the whole store, byte for byte."""
 
-    def __init__(self, origin: StoreSource, target: Path, n_shards: int | None) -> None:
+    def __init__(
+        self, origin: StoreSource, target: Path, n_shards: int | None, trust: _Trust
+    ) -> None:
         self._origin, self._target, self._n_shards = origin, target, n_shards
+        self._trust = trust
         self.fetched_bytes = 0
 
     # --- what is there already ---
 
     def is_complete(self) -> bool:
-        """Whether the store stands already; InputError when something else does."""
-        target = self._target
+        """Whether the store stands already; InputError when something else does.
+
+        Files are compared with their SHA-256 if the store was signed, else by their sizes.
+        """
+        target, place, is_signed = self._target, self._origin.place, self._trust.is_signed
         if not is_begun(target):
             if target.exists() and not (self.is_begun() or self._is_free()):
                 raise InputError(
-                    f"{target} exists and is not what a pull of {self._origin.place} has begun. "
+                    f"{target} exists and is not what a pull of {place} has begun. "
                     "Pass another place, or move it away."
                 )
             return False
         manifest = read_manifest(target)
-        wanted = self._identity
-        found = {"digest": manifest.get("digest"), "shards": None}
-        sampled = manifest.get("provenance", {}).get("sampled")
-        if isinstance(sampled, dict) and self._n_shards is not None:
-            n_shards = layout_of(manifest["train"], target).n_shards
-            found = {"digest": sampled.get("digest"), "shards": n_shards}
-        if found != wanted or manifest.get("state") != COMPLETE:
+        if not self._has_wanted_rows(manifest):
             raise InputError(
                 f"{target} holds another store, with the digest {manifest.get('digest')}, than was "
-                f"asked for of {self._origin.place}. Pass another place, or move it away."
+                f"asked for of {place}. Pass another place, or move it away."
             )
-        return not [file for file in stored_files(target, manifest) if not self._has_size(file)]
+        if self._n_shards is None and not self._has_same_manifest():
+            if self._trust.may_renew:
+                return False
+            raise InputError(
+                f"{target} holds the rows that were asked for of {place}, but its {MANIFEST} is "
+                "another one: licences, statistics, other files or notes of how it was made differ. "
+                "Pass another place, or move it away."
+            )
+        if self._n_shards is not None and is_signed:
+            return False  # only what is made of the signed manifest can be compared with it
+        files = stored_files(target, manifest)
+        if wrong_corpus(target, manifest) is not None:
+            return False
+        if not is_signed:
+            return all(map(self._has_size, files))
+        check_unrecorded(target, [BEGUN, *(file.name for file in files)])
+        return not self._missing(files)
+
+    def settle(self) -> bool:
+        """Of a complete store: end what a kill has left; whether its signature came only now."""
+        target, signature = self._target, self._trust.signature
+        is_new = self._n_shards is None and signature is not None
+        is_new = is_new and self._local_signature() != signature
+        if is_new or (target / BEGUN).is_file():
+            with sole_writer(target, "Store"):
+                self._put_signature()
+                (target / BEGUN).unlink(missing_ok=True)
+        return is_new
+
+    def _has_wanted_rows(self, manifest: Manifest) -> bool:
+        """Whether a manifest is that of a complete store of the rows that were asked for."""
+        wanted = self._origin.manifest
+        if self._n_shards is not None:
+            wanted = wanted | {"train": train_of_part(wanted, self._n_shards, self._origin.place)}
+        digest = content_digest(wanted)
+        try:
+            found = content_digest(manifest)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return False
+        return manifest.get("state") == COMPLETE and manifest.get("digest") == found == digest
+
+    def _has_same_manifest(self) -> bool:
+        try:
+            data = read_plain(self._target, MANIFEST, MANIFEST_LIMIT_BYTES)
+        except (OSError, ValueError, StoreError):
+            return False
+        return data == self._origin.data
+
+    def _local_signature(self) -> bytes | None:
+        try:
+            return local_signature(self._target)
+        except StoreError:
+            return None  # it is written anew
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -197,27 +282,68 @@ class _Pull:
 
     def run(self, open_bar: OpenBar) -> None:
         """Fetch what is missing, then write the manifest."""
-        target, manifest = self._target, self._origin.manifest
+        target, manifest, n_shards = self._target, self._origin.manifest, self._n_shards
         write_json(target / BEGUN, self._identity)
-        of_tokens = [f for f in self._files() if f.name == f"corpus/{CORPUS_JSON}"]
-        self._fetch(of_tokens, None)  # it names the others
+        self._fetch_list_of_tokens()
         files = self._files()
-        with ThreadPoolExecutor(os.cpu_count(), "look") as pool:
-            there = list(pool.map(self._is_there, files))
-        missing = [file for file, is_there in zip(files, there, strict=True) if not is_there]
-        total, left = (sum(f.bytes for f in some) for some in (files, missing))
-        check_room(target, left)
-        with open_bar(total, total - left) as bar:
-            self._fetch(missing, bar)
+        self._fetch_missing(files, open_bar)
+        if self._trust.is_signed:
+            made = () if n_shards is None else names_made(target, manifest, self._origin.place)
+            check_unrecorded(target, [BEGUN, *made, *(file.name for file in files)])
         # The card is made anew: nothing is fetched that no digest covers.
-        if self._n_shards is None:
+        if n_shards is None:
             write_card(target, manifest)
+            self._put_signature()  # first: a reader who wants it finds it
             write_whole(target / MANIFEST, self._origin.data)
         else:
-            part = self._manifest_of_part(manifest, self._n_shards)
+            part = manifest_of_part(target, manifest, self._origin.place, n_shards)
             write_card(target, part)
+            self._put_signature()
             write_json(target / MANIFEST, part)
         (target / BEGUN).unlink(missing_ok=True)
+
+    def _put_signature(self) -> None:
+        """Before the manifest that it is of; one of another manifest is removed."""
+        signature = self._trust.signature
+        if self._n_shards is not None or (signature is None and not self._has_same_manifest()):
+            remove_signature(self._target)
+        elif signature is not None and self._local_signature() != signature:
+            write_whole(self._target / SIGNATURE, signature)
+
+    def _fetch_list_of_tokens(self) -> None:
+        """corpus.json, which names the other files of the tokens. StoreError when it does not."""
+        name, place = f"corpus/{CORPUS_JSON}", self._origin.place
+        found = [file for file in self._files() if file.name == name]
+        for file in found:
+            if file.bytes > INFO_LIMIT_BYTES:
+                raise StoreError(
+                    f"{place}/{name} is recorded with {file.bytes:,} bytes, and none needs more than "
+                    f"{INFO_LIMIT_BYTES:,}. Push or harvest the store again."
+                )
+        self._fetch_missing(found, no_bar)
+        damage = wrong_corpus(self._target, self._origin.manifest)
+        if damage is not None:
+            what = damage.what if found else "the manifest does not record it"
+            raise StoreError(
+                f"{place}/{name}, which lists the tokens, cannot be used: {what}. Push or harvest "
+                "the store again."
+            )
+
+    def _fetch_missing(self, files: Sequence[StoredFile], open_bar: OpenBar) -> None:
+        target, missing = self._target, self._missing(files)
+        total, left = (sum(f.bytes for f in some) for some in (files, missing))
+        check_room(target, left)
+        if missing and is_begun(target) and not self._has_same_manifest():
+            remove_signature(target)
+            (target / MANIFEST).unlink()  # this is no store while its files are exchanged
+        with open_bar(total, total - left) as bar:
+            self._fetch(missing, bar)
+
+    def _missing(self, files: Sequence[StoredFile]) -> list[StoredFile]:
+        """Files that are not there with the bytes that are recorded."""
+        with ThreadPoolExecutor(os.cpu_count(), "look") as pool:
+            there = list(pool.map(self._is_there, files))
+        return [file for file, is_there in zip(files, there, strict=True) if not is_there]
 
     def _files(self) -> list[StoredFile]:
         """What is to be fetched; the tokens once corpus.json is there."""
@@ -234,17 +360,17 @@ class _Pull:
         ]
 
     def _is_there(self, file: StoredFile) -> bool:
+        check_no_link(self._target, file.name)
         return self._has_size(file) and file_digest(self._target / file.name) == file.sha256
 
-    def _fetch(self, files: Sequence[StoredFile], bar: Bar | None) -> None:
+    def _fetch(self, files: Sequence[StoredFile], bar: Bar) -> None:
         with ThreadPoolExecutor(FILES_AT_ONCE, "pull") as pool:
             jobs = [pool.submit(self._fetch_one, file) for file in files]
             try:
                 for file, job in zip(files, jobs, strict=True):
                     job.result()
                     self.fetched_bytes += file.bytes
-                    if bar is not None:
-                        bar.update(file.bytes)
+                    bar.update(file.bytes)
             finally:
                 for job in jobs:
                     job.cancel()
@@ -264,43 +390,8 @@ class _Pull:
             os.replace(temporary, path)
             fsync_folder(path.parent)
         except BaseException as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # what went wrong first is what is told
+                temporary.unlink(missing_ok=True)
             if isinstance(error, OSError) and type(error).__module__ == "builtins":
                 raise disk_error(error, path) from error
             raise
-
-    def _manifest_of_part(self, manifest: Manifest, n_shards: int) -> Manifest:
-        """The manifest of the first shards, with the files that say other things of fewer rows."""
-        target = self._target
-        whole, heldout = (
-            layout_of(manifest["train"], target),
-            layout_of(manifest["heldout"], target),
-        )
-        layout = replace(whole, n_rows=whole.rows_of_shard(n_shards - 1)[1])
-        records = manifest["train"]["shards"][:n_shards]
-        codec = codec_of(manifest)
-        moments = moments_of_rows(target, layout, codec, records)
-        write_vectors(
-            target, {"statistics/mean": moments.mean, "statistics/variance": moments.variance}
-        )
-        part = dict(manifest)
-        for name in ("request", "shuffle"):  # of the whole
-            part.pop(name, None)
-        part["train"] = {
-            "layout": manifest["train"]["layout"] | {"n_rows": layout.n_rows},
-            "shards": records,
-        }
-        part["statistics"] = statistics_entry(moments)
-        part["provenance"] = manifest["provenance"] | {
-            "sampled": {
-                "store": Path(described(self._origin.place)).name,
-                "digest": manifest["digest"],
-                "rows": whole.n_rows,
-            }
-        }
-        builder = StoreBuilder(target, part)
-        members, corpus = builder.zarr_members(layout, heldout)
-        zarr_metadata.write_metadata(target, members, already_there=corpus)
-        part["files"] = builder.other_files()
-        part["digest"] = content_digest(part)
-        return part

@@ -11,7 +11,7 @@ only what is missing, or has another size, is sent again.
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def push(
     try:
         is_there = _same_is_there(link, local)
         job = Sending(link, source)
-        missing = job.missing(files, trust=is_there)
+        missing = job.missing(files, trust=_recorded_there(is_there, local))
         total = sum(file.bytes for file in files)
         left = sum(file.bytes for file in missing)
         signature = local_signature(source)
@@ -68,6 +68,11 @@ def push(
         _send_card(link, local, say)
         if signature is not None:  # before what it is of: a reader who wants it finds it
             link.put_bytes(signature, SIGNATURE)
+        elif is_there not in (None, local.data) and _has_signature(link):
+            say(
+                f"{address}/{SIGNATURE} is of the manifest that was there before, and does not hold "
+                "any more. Push again with --sign."
+            )
         link.put_bytes(local.data, MANIFEST)
         job.forget()
     finally:
@@ -99,6 +104,16 @@ def _same_is_there(link: Link, local: LocalSource) -> bytes | None:
             "is there first."
         )
     return data
+
+
+def _recorded_there(data: bytes | None, local: LocalSource) -> set[StoredFile]:
+    """Files that the manifest at the address records; the tokens of both are the same."""
+    if data is None or data == local.data:
+        return set() if data is None else set(stored_files(local.place, local.manifest))
+    try:
+        return set(stored_files(local.place, parse_json(data, MANIFEST)))
+    except StoreError:
+        return set()
 
 
 def _send_card(link: Link, local: LocalSource, say: Say) -> None:
@@ -133,12 +148,18 @@ def _send_readme(link: Link, data: bytes, say: Say) -> None:
 
 def _same_signature(link: Link, signature: bytes | None) -> bool:
     """Whether the signature that is here is there too; one that is there alone stays."""
-    if signature is None:
-        return True
+    return signature is None or _signature_there(link) == signature
+
+
+def _has_signature(link: Link) -> bool:
+    return _signature_there(link) is not None
+
+
+def _signature_there(link: Link) -> bytes | None:
     try:
-        return link.read_small(SIGNATURE, LIMIT_BYTES) == signature
-    except FileNotFoundError:
-        return False
+        return link.read_small(SIGNATURE, LIMIT_BYTES)
+    except (FileNotFoundError, StoreError, NetworkError):  # what some have for what is not there
+        return None
 
 
 class Sending:
@@ -149,10 +170,12 @@ class Sending:
         self._notes = _Notes(link.address)
         self._there: dict[str, tuple[int, str]] | None = None
 
-    def missing(self, files: Sequence[StoredFile], *, trust: object = None) -> list[StoredFile]:
+    def missing(
+        self, files: Sequence[StoredFile], *, trust: Collection[StoredFile] = ()
+    ) -> list[StoredFile]:
         """Files that are not known to be there.
 
-        trust: whether what has the right size is there, unless it is noted otherwise.
+        trust: those that are there if they have the right size, unless it is noted otherwise.
         """
         there = self._there = self._there or self._link.listing()
 
@@ -162,7 +185,7 @@ class Sending:
             if size != file.bytes:
                 return False
             if noted is None:
-                return bool(trust)
+                return file in trust
             return noted == (file.sha256, version)
 
         return [file for file in files if not is_sent(file)]

@@ -140,9 +140,9 @@ class Link:
         if has_ranges is not None:
             self.has_ranges = has_ranges
 
-    def read_small(self, name: str, limit: int) -> bytes:
+    def read_small(self, name: str, limit: int, is_stopped: Stopped = never) -> bytes:
         """A whole file; StoreError when it has more than `limit` bytes."""
-        data = self.read(name, 0, limit + 1)
+        data = self.read(name, 0, limit + 1, is_stopped)
         if len(data) > limit:
             raise StoreError(
                 f"{self.address}/{name} has more than {limit:,} bytes, which none needs. "

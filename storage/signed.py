@@ -13,17 +13,21 @@ from pathlib import Path
 from . import minisign, provenance
 from .address import Address, Place
 from .errors import SaePipeError, StoreError
-from .files import read_plain, write_whole
+from .files import disk_error, read_plain, write_whole
 from .manifest import MANIFEST, MANIFEST_LIMIT_BYTES
 from .minisign import PublicKey, SecretKey
 from .remote import Link
 from .store_source import LocalSource
-from .verify import StoredFile
+from .unfinished import WaitEnded
 
 SIGNATURE = MANIFEST + minisign.SUFFIX
 # Files that a store may hold beside what it records: its card, its lock, the manifest itself.
 _BESIDE = (MANIFEST, SIGNATURE, ".lock", "README.md")
 _NAMED = 5
+SIGNATURE_IS_GONE = (
+    "The manifest is another one now, so its signature was removed: sign it again, with `sae-pipe "
+    "store sign`."
+)
 
 
 def sign_store(path: Path, key: SecretKey) -> Path:
@@ -60,13 +64,16 @@ def check_signature(place: Place, data: bytes, signature: bytes | None, key: Pub
         ) from error
 
 
-def signature_of(place: Place) -> bytes | None:
-    """The signature file of a store, here or at an address; None where there is none."""
+def signature_of(place: Place, *, is_patient: bool = True) -> bytes | None:
+    """The signature file of a store, here or at an address; None where there is none.
+
+    is_patient: whether to wait for a lost connection; if not, None is the answer to that, too.
+    """
     if isinstance(place, Address):
-        link = Link(place)
+        link = Link(place) if is_patient else Link(place, lambda line: None)
         try:
-            return link.read_small(SIGNATURE, minisign.LIMIT_BYTES)
-        except FileNotFoundError:
+            return link.read_small(SIGNATURE, minisign.LIMIT_BYTES, lambda: not is_patient)
+        except (FileNotFoundError, WaitEnded):
             return None
         finally:
             link.end()
@@ -89,16 +96,31 @@ def check_local(path: Path, key: PublicKey) -> str:
     return check_signature(path, data, local_signature(path), key)
 
 
-def check_unrecorded(path: Path, files: Iterable[StoredFile]) -> None:
+def remove_signature(path: Path) -> bool:
+    """Remove the signature of a manifest that is to be written anew; False where there is none.
+
+    The caller holds the store's lock, and tells the user: who has the key can sign again.
+    """
+    file = path / SIGNATURE
+    is_there = os.path.lexists(file)
+    if is_there:
+        try:
+            file.unlink()
+        except OSError as error:
+            raise disk_error(error, file) from error
+    return is_there
+
+
+def check_unrecorded(path: Path, names: Iterable[str]) -> None:
     """StoreError when a signed store holds files that its manifest does not record.
 
     A reader may take those: another tool's metadata, a tokenizer of an imported store.
     """
-    known = {file.name for file in files} | set(_BESIDE)
+    known = {*names, *_BESIDE}
     found = []
-    for folder, folders, names in os.walk(path):
-        inside = [name for name in folders if Path(folder, name).is_symlink()]
-        for name in [*names, *inside]:
+    for folder, folders, inside in os.walk(path):
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        for name in [*inside, *links]:
             place = Path(folder, name).relative_to(path).as_posix()
             if place not in known:
                 found.append(place)

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from .address import Address, Place
+from .card import README
 from .codecs import codec_of, get_codec
 from .corpus import CORPUS_JSON, Corpus
 from .errors import SaePipeError, StoreError
-from .files import is_plain_name, is_sha256, plain_size, read_plain
+from .files import LONGEST_PART, is_plain_name, is_sha256, plain_size, read_plain
 from .manifest import (
     COMMITS,
     COMPLETE,
@@ -35,8 +36,11 @@ from .manifest import (
     read_commit,
     sealed_records,
 )
+from .minisign import SUFFIX as SIGNATURE_SUFFIX
 from .shard import CRC_BYTES
 
+# What stands beside a manifest and would be taken for the user's own, or for its signature.
+_UNRECORDED = (README.casefold(), (MANIFEST + SIGNATURE_SUFFIX).casefold())
 _READ_BYTES = 1 << 20
 _VECTOR_LIMIT_BYTES = 1 << 26  # d_in of 8 million
 SPLITS = {"train": "", "heldout": "heldout"}
@@ -137,9 +141,14 @@ def _files_of_record(
 
 def _recorded(name: str, kind: str, entry: Any, **of_shard: Any) -> StoredFile:
     if not is_plain_name(name):
-        raise ValueError(f"a file named {name[:200]!r}, which is not inside the store")
-    if name == MANIFEST:
+        is_long = any(len(part) > LONGEST_PART for part in name.split("/"))
+        what = "which is too long" if is_long else "which is not inside the store"
+        raise ValueError(f"a file named {name[:LONGEST_PART]!r}, {what}")
+    top = name.partition("/")[0].casefold()  # some file systems know no capitals
+    if top == MANIFEST:
         raise ValueError("the manifest itself")
+    if top in _UNRECORDED:
+        raise ValueError(f"a file named {name[:200]!r}, which no manifest records")
     if type(entry["bytes"]) is not int or entry["bytes"] < 0 or not is_sha256(entry["sha256"]):
         raise ValueError(f"{name} is recorded as {entry!r}")
     return StoredFile(

@@ -250,6 +250,14 @@ for _name in (
 ):
     simple(f"a file named {_name!r}", records(_name), verified)
 simple("the manifest among its files", records("manifest.json"), verified)
+for _name in (
+    "README.md",
+    "readme.MD/below",
+    "Manifest.json",
+    "manifest.json.MINISIG",
+):
+    simple(f"a file named {_name!r}", records(_name), verified)
+simple("a name of 230 letters", records("a/" + "b" * 230), verified)
 simple("a file recorded twice", records("activations/c/1/0"), verified)
 simple("a digest that is a path", records("notes.txt", sha256="../" * 21 + "x"), verified)
 
@@ -284,6 +292,40 @@ def _pipe(good: Path, inside: Path) -> list[str]:
     os.mkfifo(store / "activations/c/1/0")
     return read_all(store, inside)
 
+
+# --- stores: what a pull meets ---
+
+
+def pulled(store: Path) -> list[str]:
+    return ["store", "pull", str(store), str(store.parent / "back.zarr")]
+
+
+def part_pulled(store: Path) -> list[str]:
+    return [*pulled(store), "--rows", "10"]
+
+
+_LIST = "corpus/corpus.json"
+simple(
+    "a list of tokens of a terabyte",
+    lambda s: change(s, lambda m: m["files"][_LIST].update(bytes=1 << 40)),
+    pulled,
+    is_huge=True,
+)
+simple(
+    "tokens whose list is not recorded",
+    lambda s: change(s, lambda m: m["files"].pop(_LIST)),
+    pulled,
+)
+simple("no files but shards", lambda s: change(s, lambda m: m.update(files={})), part_pulled)
+
+
+def _no_list(store: Path) -> None:
+    (store / _LIST).write_text("[]")
+    change(store, lambda m: m["files"].update({_LIST: entry_of(store / _LIST)}))
+
+
+simple("tokens whose list is none", _no_list, pulled)
+simple("a part without corpus", lambda s: change(s, lambda m: m.pop("corpus")), part_pulled)
 
 # --- stores: shards ---
 

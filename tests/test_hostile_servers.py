@@ -246,20 +246,25 @@ def test_a_size_that_a_server_makes_up_is_not_read_to_its_end(folder: Path) -> N
     assert sent.n_bytes < 256 << 20
 
 
-def test_a_service_that_forbids_what_is_not_there_is_pulled_from(
-    folder: Path, tmp_path: Path
+@pytest.mark.parametrize("status", [400, 403, 500])
+def test_a_service_with_an_error_for_what_is_not_there_is_pulled_from(
+    folder: Path, tmp_path: Path, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As S3 does for who may not list: nobody asked for a signature."""
+    """As S3 has for who may not list: nobody asked for a signature, so it is asked for once."""
+    asked = []
 
-    def forbidden(request: BaseHTTPRequestHandler, data: bytes, sent: Sent) -> None:
-        request.send_response(403)
+    def refused(request: BaseHTTPRequestHandler, data: bytes, sent: Sent) -> None:
+        asked.append(request.path)
+        request.send_response(status)
         request.send_header("Content-Length", "0")
         request.end_headers()
 
     (folder / "acts.zarr/manifest.json.minisig").write_text("not for you")
-    with serving(folder, only("manifest.json.minisig", forbidden)) as (address, _):
+    with serving(folder, only("manifest.json.minisig", refused)) as (address, _):
         pull(place(address), tmp_path / "back.zarr", say=lambda line: None)
     assert not (tmp_path / "back.zarr/manifest.json.minisig").exists()
+    assert len(asked) == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_a_manifest_of_a_server_names_no_place_of_this_machine(

@@ -293,6 +293,23 @@ def test_a_part_is_a_whole_store_of_its_first_shards(
         assert next(batches).shape == (128, whole.d_in)
 
 
+@pytest.mark.parametrize("provenance", [None, [], ["recoded"]])
+def test_a_part_of_a_store_that_does_not_say_how_it_was_made_is_one(
+    small_store: ActivationStore, tmp_path: Path, provenance: object
+) -> None:
+    """Nothing that reads rows needs that, so a manifest may say anything."""
+    store = Path(shutil.copytree(small_store.path, tmp_path / "acts.zarr"))
+    manifest = json.loads((store / "manifest.json").read_text())
+    del manifest["provenance"]
+    if provenance is not None:
+        manifest["provenance"] = provenance
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    pull(store, tmp_path / "p.zarr", Part(rows=10), say=lambda line: None)
+    made = open_store(tmp_path / "p.zarr").manifest["provenance"]
+    assert made.keys() == {"sampled"}
+    assert made["sampled"]["digest"] == small_store.digest
+
+
 def test_a_part_is_as_fair_a_sample_as_its_rows_are_many(
     s3: S3, store: Path, tmp_path: Path
 ) -> None:

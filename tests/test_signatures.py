@@ -6,6 +6,7 @@ implementations of the format test themselves with (jedisct1/rust-minisign, ISC 
 """
 
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -202,6 +203,19 @@ def test_sign_and_keygen_work_from_the_command_line(
         f"{copy}/manifest.json.minisig is written: store {copy} is signed.\n"
     )
     assert "is whole" in shows("store", "verify", copy, "--key", f"{key}.pub")
+
+
+def test_a_password_that_locks_nothing_is_refused_and_any_bytes_are_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAE_PIPE_SIGN_PASSWORD", "")
+    assert told("store", "keygen", tmp_path / "k") == (
+        "An empty password locks nothing. Give one, or pass --no-password. Nothing was written."
+    )
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(os.environb, b"SAE_PIPE_SIGN_PASSWORD", b"w\xff")
+    shows("store", "keygen", tmp_path / "k")
+    assert minisign.read_secret(tmp_path / "k", "w\udcff").public()
 
 
 def _change_norm(path: Path) -> None:
