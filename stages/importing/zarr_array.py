@@ -214,9 +214,10 @@ def _check_grid(folder: Path, shape: list[int], chunk: list[int], outer: list[in
     pairs = zip(shape[1:], chunk[1:], whole[1:], outer[1:], strict=True)
     n_chunks = math.prod(out // size for out, size in zip(outer, chunk, strict=True))
     if any(size > n or out > most for n, size, most, out in pairs) or n_chunks > _MOST_IN_SHARD:
+        shards = "" if outer == chunk else f" and shards of {str(outer)[:80]}"
         raise InputError(
-            f"Array {folder} of shape {str(shape)[:80]} is in chunks of {str(chunk)[:80]}, shards of "
-            f"{str(outer)[:80]}: larger than what they are of. Write it again with chunks that fit."
+            f"Array {folder} of shape {str(shape)[:80]} is in chunks of {str(chunk)[:80]}{shards}, "
+            "larger than what they are of. Write it again with chunks that fit."
         )
 
 
