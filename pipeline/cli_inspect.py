@@ -40,9 +40,11 @@ def inspect(
     folder = run_folder(run)
     sae = load_sae(folder)
     if store is None:
-        recorded = read_config(folder).get("store", {}).get("path")
+        entry = read_config(folder).get("store")
+        recorded = entry.get("path") if isinstance(entry, dict) else None
         # What a stranger's SAE names is no path of this machine.
-        if recorded is None or (is_hub(run) and not is_hub(recorded)):
+        is_taken = isinstance(recorded, str) and (is_hub(recorded) or not is_hub(run))
+        if not recorded or not is_taken:
             raise InputError(f"{run} does not say which store it was fitted from. Pass --store.")
         store = str(recorded)
     opened = open_store(place(store), unfinished=True)

@@ -62,8 +62,9 @@ class Card:
 
     def _header(self) -> str:
         lines = ["---", "library_name: sae-pipe"]
-        chosen = f"license: {self.licence}" if self.licence else "# license: choose one"
-        lines.append(chosen)
+        # In quotation marks: `no` and `1.0` would be something else.
+        chosen = f"license: {json.dumps(self.licence)}"
+        lines.append(chosen if self.licence else "# license: choose one")
         model = self.facts.model
         if model is not None and _HUB_ID.fullmatch(model):
             lines.append(f"base_model: {json.dumps(model)}")

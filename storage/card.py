@@ -15,7 +15,7 @@ from typing import Any
 from . import licences
 from .files import write_whole
 from .manifest import Manifest
-from .shown import shown_in_markdown
+from .shown import shown, shown_in_markdown
 
 README = "README.md"
 CARD_LIMIT_BYTES = 1 << 20
@@ -83,7 +83,7 @@ def write_card(folder: Path, manifest: Manifest) -> bool:
 
 def _is_card(file: Path) -> bool:
     try:
-        if file.stat().st_size > CARD_LIMIT_BYTES:
+        if not file.is_file() or file.stat().st_size > CARD_LIMIT_BYTES:  # a pipe never ends
             return False
         return is_generated(file.read_text(errors="replace"))
     except OSError:
@@ -115,7 +115,9 @@ def _front_matter(manifest: Manifest) -> list[str]:
     licence = manifest.get("licence")
     model = _at(manifest, "recipe", "model", "name")
     lines = ["---", f"pretty_name: {_yaml_string(_heading(manifest))}"]
-    lines.append(f"license: {licence}" if _is_licence(licence) else "# license: choose one")
+    # In quotation marks: `no` and `1.0` would be something else.
+    chosen = f"license: {json.dumps(licence)}"
+    lines.append(chosen if _is_licence(licence) else "# license: choose one")
     if isinstance(model, str) and licences.HUB_ID.fullmatch(model):
         lines.append(f"base_model: {json.dumps(model)}")
     lines += ["tags:", "- sparse-autoencoder", "- activations", "- sae-pipe"]
@@ -124,8 +126,11 @@ def _front_matter(manifest: Manifest) -> list[str]:
 
 
 def _yaml_string(text: str) -> str:
-    """A string of YAML that is no markup where the front matter is shown as Markdown."""
-    escaped = json.dumps(text)[1:-1]
+    """A string of YAML that is no markup where the front matter is shown as Markdown.
+
+    JSON would write an emoji as two halves, which YAML does not put together.
+    """
+    escaped = json.dumps(shown(text), ensure_ascii=False)[1:-1]
     return '"' + re.sub(r"[<>&`*\[\]|#]", lambda c: f"\\u{ord(c[0]):04x}", escaped) + '"'
 
 

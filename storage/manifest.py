@@ -142,7 +142,9 @@ def read_commit(file: Path) -> dict[str, Any] | None:
 
 def began_by(manifest: Manifest) -> str:
     """The command that makes a store of this kind."""
-    origin = manifest.get("provenance", {})
+    origin = manifest.get("provenance")
+    if not isinstance(origin, dict):
+        return "harvest"
     commands = {"imported": "store import", "recoded": "store recode", "sampled": "store pull"}
     return next((command for name, command in commands.items() if name in origin), "harvest")
 

@@ -374,6 +374,8 @@ def _options(protocol: str) -> dict[str, Any]:
     """What each file system is opened with: no answers of yesterday, and ends to waiting."""
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol == "s3":
+        from .s3_answers import BoundedSession
+
         # Trying again is ours, which knows how long and whom to tell.
         retries = {"mode": "standard", "total_max_attempts": 1}
         options["config_kwargs"] = {
@@ -381,6 +383,7 @@ def _options(protocol: str) -> dict[str, Any]:
             "read_timeout": _SILENCE_S,
             "max_pool_connections": 2 * CONNECTIONS,
             "retries": retries,
+            "http_session_cls": BoundedSession,
         }
     elif protocol in ("http", "https"):
         import aiohttp

@@ -22,7 +22,7 @@ from .remote import PART_BYTES, Link, Refused, Stopped, Unreachable, never
 from .seen import Seen
 from .shard_cache import Cache
 from .store_source import RemoteSource, sha256_of
-from .verify import Content, StoredFile, stored_files
+from .verify import Content, StoredFile, check_sizes, stored_files
 
 FILES_AT_ONCE = 4  # fetched; each in parts that share the link's connections
 
@@ -66,13 +66,16 @@ class RemoteFiles:
         descriptor = cache.open_store(self.key)
         weakref.finalize(self, os.close, descriptor)
         if not _has(self.folder / MANIFEST, self.source.data):
+            cache.check_fits(self.folder / MANIFEST, len(self.source.data))
             cache.make_room(len(self.source.data))
             write_whole(self.folder / MANIFEST, self.source.data)
         if self.source.is_live:
             seen.note(self.folder / MANIFEST, self.source.data)
 
     def _recorded(self) -> dict[str, StoredFile]:
-        return {file.name: file for file in stored_files(self.folder, self.manifest)}
+        files = stored_files(self.folder, self.manifest)
+        check_sizes(self.address, self.manifest, files)
+        return {file.name: file for file in files}
 
     def local(self, name: str) -> Path:
         """A file, fetched where it is not there yet; none when the store has none of that name.

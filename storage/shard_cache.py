@@ -137,8 +137,10 @@ class Cache:
 
         download: given a descriptor to write n_bytes to, compares what came with its digest. Of
         several processes or threads one downloads, and the others wait for it. can_wait: raise
-        NotNow rather than exceed the size of the cache. Raises DiskError, and what download raises.
+        NotNow rather than exceed the size of the cache. Raises InputError for a file that the cache
+        may not hold, DiskError, and what download raises.
         """
+        self.check_fits(path, n_bytes)
         while (held := self.open_file(path, n_bytes)) is None:
             with self._incoming(path, is_stopped) as (part, name):
                 if (held := self.open_file(path, n_bytes)) is not None:
@@ -196,16 +198,20 @@ class Cache:
         """Give up files, the least recently used first, until n_bytes more fit.
 
         can_wait: raise NotNow where that many are in use; otherwise the size is exceeded, as little
-        as can be. Raises DiskError when the disk is full of other things.
+        as can be. Raises DiskError when the disk is full of other things. Nothing is given up for
+        what would not fit even then.
         """
         with self._sole_evictor() as lock:
-            spare = free_bytes(self.root) - n_bytes - _SPARE_BYTES
+            free = free_bytes(self.root)
+            spare = free - n_bytes - _SPARE_BYTES
             used = _noted(lock)
             if used is not None and used + n_bytes <= self.limit_bytes and spare >= 0:
                 _note(lock, used + n_bytes)
                 return
             files = self._files()
             used = sum(size for _, size, _ in files)
+            if n_bytes > free + used:
+                raise self._full(self.root)
             excess = max(used + n_bytes - self.limit_bytes, -spare)
             # Where files are many, some more go at once: looking at all takes a while.
             more = self.limit_bytes // _SLACK if n_bytes * 2 * _SLACK <= self.limit_bytes else 0
@@ -268,6 +274,17 @@ class Cache:
             return True
         finally:
             os.close(descriptor)
+
+    def check_fits(self, path: Path, n_bytes: int) -> None:
+        """InputError for a file that the cache may not hold, for which everything else would go."""
+        if n_bytes <= self.limit_bytes:
+            return
+        name = "/".join(path.relative_to(self.root).parts[2:])
+        raise InputError(
+            f"{name} of a store is said to have {human_bytes(n_bytes)}, and the cache {self.root} may "
+            f"hold {human_bytes(self.limit_bytes)}. If that is its size, pass a larger --cache-size "
+            f"or set {CACHE_SIZE}."
+        )
 
     def _full(self, path: Path) -> DiskError:
         return DiskError(

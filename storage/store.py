@@ -29,7 +29,7 @@ from .manifest import (
 from .rows import RowIndex, SplitReader
 from .shard import CRC_BYTES, checked_frame
 from .values import Floats
-from .verify import wrong_in_manifest
+from .verify import wrong_in_manifest, wrong_vector
 
 _ERROR = "statistics/relative_error"  # infinite where an error meets no spread
 
@@ -118,6 +118,15 @@ class ActivationStore:
         what = wrong_in_manifest(self.path, self.manifest)
         if what is not None:
             raise ValueError(what)
+        wrong = wrong_vector(self.path, self.manifest)
+        if wrong is not None:
+            name, what = wrong
+            raise StoreError(
+                f"{self.path / name} is not the one that was written ({what}), so that nothing vouches "
+                "for the statistics. If the store was extended or repaired just now, open it again; "
+                f"else run `sae-pipe store repair {self.path}`: it makes damaged files again and "
+                "touches nothing else."
+            )
 
     @cached_property
     def mean_squared_norm(self) -> float:

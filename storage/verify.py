@@ -20,7 +20,7 @@ import numpy as np
 from .address import Address, Place
 from .card import README
 from .codecs import codec_of, get_codec
-from .corpus import CORPUS_JSON, Corpus
+from .corpus import CORPUS_JSON, INFO_LIMIT_BYTES, Corpus
 from .errors import SaePipeError, StoreError
 from .files import LONGEST_PART, is_plain_name, is_sha256, plain_size, read_plain
 from .manifest import (
@@ -43,6 +43,8 @@ from .shard import CRC_BYTES
 _UNRECORDED = (README.casefold(), (MANIFEST + SIGNATURE_SUFFIX).casefold())
 _READ_BYTES = 1 << 20
 _VECTOR_LIMIT_BYTES = 1 << 26  # d_in of 8 million
+_VECTORS = ("statistics/mean/c/0", "statistics/variance/c/0")
+_OTHER_LIMIT_BYTES = 1 << 28  # of tokenizer.json; no other file but a shard comes near
 SPLITS = {"train": "", "heldout": "heldout"}
 SHARD, TOKENS, OTHER, RECORD = "shard", "tokens", "other", "record"
 
@@ -165,6 +167,27 @@ def _token_files(path: Path) -> list[StoredFile]:
         return []
 
 
+def check_sizes(place: Place, manifest: Manifest, files: Sequence[StoredFile]) -> None:
+    """StoreError when a complete store records a size that none of its files can have.
+
+    For who makes room before a file comes. A shard has whatever its rows take.
+    """
+    d_in = layout_of(manifest["train"], place).d_in
+    for file in files:
+        limit = _OTHER_LIMIT_BYTES
+        if file.kind == SHARD:
+            continue
+        if file.name.startswith("statistics/") and file.name.endswith("/c/0"):
+            limit = 8 * d_in + CRC_BYTES
+        elif file.name == f"corpus/{CORPUS_JSON}":
+            limit = INFO_LIMIT_BYTES
+        if file.bytes > limit:
+            raise StoreError(
+                f"The manifest of {place} is damaged: it records {file.name} with {file.bytes:,} "
+                f"bytes, and none has more than {limit:,}. Fetch or harvest the store again."
+            )
+
+
 def wrong_in_manifest(path: Path, manifest: Manifest) -> str | None:
     """A clause when a complete store's manifest is not the one that was written, else None."""
     try:
@@ -201,14 +224,13 @@ def _wrong_statistics(path: Path, manifest: Manifest) -> str | None:
     files of mean and variance give. Nothing is said where one of those is damaged.
     """
     vectors = []
-    for name in ("statistics/mean/c/0", "statistics/variance/c/0"):
-        entry = manifest["files"][name]
-        try:
-            data = read_plain(path, name, _VECTOR_LIMIT_BYTES)
-        except (OSError, ValueError):
+    for name in _VECTORS:
+        data = _recorded_bytes(path, manifest, name)
+        if isinstance(data, str):
             return None
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            return None
+        size = 8 * manifest["train"]["layout"]["d_in"] + CRC_BYTES
+        if len(data) != size:
+            return f"it records {name} with {len(data):,} bytes, and its sizes ask for {size:,}"
         vectors.append(np.frombuffer(data[:-CRC_BYTES], "<f8"))
     mean, variance = vectors
     given = manifest["statistics"]
@@ -224,6 +246,33 @@ def _wrong_statistics(path: Path, manifest: Manifest) -> str | None:
             return f"it gives {name} as {given[name]!r}, and statistics/ says {value!r}"
     if given["rows"] != manifest["train"]["layout"]["n_rows"]:
         return f"it gives the statistics of {given['rows']} rows, and has others"
+    return None
+
+
+def _recorded_bytes(path: Path, manifest: Manifest, name: str) -> bytes | str:
+    """A vector of the statistics, or a clause that says why it is not the one recorded."""
+    entry = manifest["files"][name]
+    try:
+        data = read_plain(path, name, _VECTOR_LIMIT_BYTES)
+    except FileNotFoundError:
+        return "it is missing"
+    except (OSError, ValueError) as error:
+        return str(error)
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        return "its SHA-256 is not the recorded one"
+    return data
+
+
+def wrong_vector(path: Path, manifest: Manifest) -> tuple[str, str] | None:
+    """Name and clause of a vector of the statistics that is not the one recorded, else None.
+
+    Without it nothing vouches for the statistics of the manifest, so a reader refuses what `verify`
+    names and `repair` makes again.
+    """
+    for name in _VECTORS:
+        found = _recorded_bytes(path, manifest, name)
+        if isinstance(found, str):
+            return name, found
     return None
 
 
@@ -334,9 +383,10 @@ def is_harvested(manifest: Manifest) -> bool:
     if not isinstance(model, dict) or "recoded_from" in recipe:
         return False
     # The last block of a part of a store is not permuted as a block of that size is.
-    if "sampled" in manifest.get("provenance", {}):
+    made, execution = manifest.get("provenance"), manifest.get("execution")
+    if isinstance(made, dict) and "sampled" in made:
         return False
-    return "revision" in model and "batch_contexts" in manifest.get("execution", {})
+    return "revision" in model and isinstance(execution, dict) and "batch_contexts" in execution
 
 
 def advice(path: Place, manifest: Manifest, damages: Sequence[Damage]) -> str:

@@ -418,6 +418,16 @@ simple(
     _first_frame(lambda f: f.__setitem__(slice(24, None), os.urandom(len(f) - 24))),
 )
 simple("statistics of NaN", lambda s: _vector(s, np.full(32, np.nan)))
+simple("statistics that are missing", lambda s: (s / "statistics/mean/c/0").unlink())
+simple(
+    "statistics of other bytes than recorded",
+    lambda s: (s / "statistics/variance/c/0").write_bytes(bytes(260)),
+)
+simple(
+    "statistics with a hole of 2^40 bytes",
+    lambda s: os.truncate(s / "statistics/mean/c/0", 1 << 40),
+    is_huge=True,
+)
 simple("statistics of another length", lambda s: _vector(s, np.zeros(31)), verified)
 
 

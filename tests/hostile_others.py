@@ -98,6 +98,11 @@ def _sae(**values: Any) -> Callable[[Path], None]:
     return edit
 
 
+def _config(folder: Path, **values: Any) -> None:
+    config = load(folder / "config.json") | values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def _weights(data: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         file = folder / "sae.safetensors"
@@ -120,6 +125,14 @@ run("a config with a key twice", lambda f: (f / "config.json").write_text('{"a":
 run("2^40 latents", _sae(d_sae=1 << 40), is_huge=True)
 run("10^30 latents", _sae(d_sae=10**30), is_huge=True)
 run("latents that are true", _sae(d_sae=True))
+run("more active latents than there are", _sae(k=1 << 20))
+_STORES: tuple[Any, ...] = (5, [], None, {"path": {"a": 1}}, {"path": ""})
+for _store in _STORES:
+    run(
+        f"fitted from {json.dumps(_store)}",
+        lambda f, store=_store: _config(f, store=store),  # type: ignore[misc]
+        lambda f: ["inspect", str(f)],
+    )
 run("an architecture that is a module", _sae(architecture="os:system"))
 run("an option that nothing takes", _sae(command="touch canary/ran"))
 run(
@@ -239,6 +252,31 @@ def _zarr2(**changes: Any) -> Callable[[Path, Path], Path]:
     return edit
 
 
+def _zarr3(shard: list[int], chunk: list[int]) -> Callable[[Path, Path], Path]:
+    def edit(inside: Path, canary: Path) -> Path:
+        folder = inside / "rows.zarr"
+        folder.mkdir()
+        plain = {"name": "bytes", "configuration": {"endian": "little"}}
+        inner = {
+            "chunk_shape": chunk,
+            "codecs": [plain],
+            "index_codecs": [plain],
+            "index_location": "end",
+        }
+        meta = {
+            "zarr_format": 3, "node_type": "array", "shape": [4, 2], "data_type": "float32", "fill_value": 0.0,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "codecs": [{"name": "sharding_indexed", "configuration": inner}],
+        }  # fmt: skip
+        (folder / "zarr.json").write_text(json.dumps(meta))
+        (folder / "c/0").mkdir(parents=True)
+        (folder / "c/0/0").write_bytes(bytes(64))
+        return folder
+
+    return edit
+
+
 def _tensors(**entry: Any) -> Callable[[Path, Path], Path]:
     def edit(inside: Path, canary: Path) -> Path:
         header = json.dumps(
@@ -276,6 +314,15 @@ rows("a Zarr array packed with lzma", _zarr2(compressor={"id": "lzma"}))
 rows(
     "a Zarr array in chunks of 2^40", _zarr2(shape=[1 << 40, 2], chunks=[1 << 40, 2]), is_huge=True
 )
+rows(
+    "a Zarr array of four rows in a chunk of 2^40",
+    _zarr2(chunks=[1 << 40, 2]),
+    is_huge=True,
+)
+rows("a Zarr array in chunks wider than it is", _zarr2(chunks=[4, 1 << 28]), is_huge=True)
+rows("a Zarr array in shards of 2^40 chunks", _zarr3([1 << 41, 2], [2, 2]), is_huge=True)
+rows("a Zarr array in shards wider than it is", _zarr3([4, 1 << 28], [4, 2]), is_huge=True)
+rows("a Zarr array in chunks of fewer sizes", _zarr2(chunks=[4]))
 rows("a tensor of 2^60 rows", _tensors(shape=[1 << 60, 2]), is_huge=True)
 rows("a tensor that stands outside its file", _tensors(data_offsets=[1 << 50, (1 << 50) + 32]))
 rows("a dataset that names a file outside", _dataset)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sae_pipe.storage import ActivationStore, DiskError, InputError, StoreError
 from sae_pipe.storage.files import is_plain_name, plain_size, read_plain
 from sae_pipe.storage.lock import sole_writer
 from sae_pipe.storage.plain_json import parse_plain_json
+from sae_pipe.storage.shard_cache import Cache
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False)
@@ -107,6 +109,19 @@ def test_only_plain_files_are_read_and_no_more_than_their_limit(tmp_path: Path) 
             plain_size(tmp_path, name)
     with pytest.raises(FileNotFoundError):
         plain_size(tmp_path, "a/none")
+
+
+def test_a_cache_gives_nothing_up_for_what_the_disk_could_not_hold(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", limit_bytes=1 << 61)
+    kept = cache.folder("key") / "activations/c/0/0"
+    os.close(cache.fetch(kept, 4, lambda part: os.pwrite(part, b"rows", 0)))
+    with pytest.raises(DiskError, match=r"^The disk is full: "):
+        cache.fetch(kept.with_name("1"), 1 << 60, lambda part: None)
+    small = replace(cache, limit_bytes=100)
+    message = "activations/c/0/1 of a store is said to have 1 kB, and the cache "
+    with pytest.raises(InputError, match=rf"^{message}{cache.root} may hold 100 bytes\."):
+        small.fetch(kept.with_name("1"), 1000, lambda part: None)
+    assert kept.read_bytes() == b"rows"
 
 
 # --- what is written to ---

@@ -1,6 +1,7 @@
 """The card of a store: true to the manifest, never over somebody's own, harmless whatever a name is."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -18,10 +19,11 @@ from sae_pipe.storage import ActivationStore, open_store
 from sae_pipe.storage.address import Address, place
 from sae_pipe.storage.card import README, card, is_generated, size_category, write_card
 from sae_pipe.storage.licences import HUB_ID, is_identifier, of_model, of_text
-from sae_pipe.storage.manifest import read_manifest
+from sae_pipe.storage.manifest import began_by, read_manifest
 from sae_pipe.storage.pull import Part, pull
 from sae_pipe.storage.push import push
 from sae_pipe.storage.recode import recode
+from sae_pipe.storage.verify import is_harvested
 
 from .services import BUCKET, S3
 
@@ -215,6 +217,40 @@ def test_names_stay_text(store: Path) -> None:
         "## What it holds", "## How it was made", "## Read it", "## Licence", "## Cite it"
     ]  # fmt: skip
     assert len(text.splitlines()) == len(card(read_manifest(store)).splitlines())
+
+
+@pytest.mark.parametrize("licence", ["no", "null", "1.0", "0x10", "cc-by-4.0"])
+def test_a_licence_and_an_emoji_are_text_in_yaml(store: Path, licence: str) -> None:
+    manifest = read_manifest(store) | {"licence": licence}
+    manifest["recipe"]["model"]["name"] = "lab/\N{GRINNING FACE}-160m"
+    text = card(manifest)
+    text.encode()
+    data = front_matter(text)
+    assert data["license"] == licence
+    assert data["pretty_name"] == "Activations of lab/\N{GRINNING FACE}-160m, layer 1, resid_post"
+
+
+def test_a_readme_that_is_a_pipe_is_left_alone(
+    small_store: ActivationStore, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(small_store.path, tmp_path / "copy.zarr"))
+    (copy / README).unlink()
+    os.mkfifo(copy / README)
+    assert said_by(str(copy), "--write") == f"{copy / README} is your own, and stays as it is.\n"
+
+
+@pytest.mark.parametrize("provenance", [5, None, [], "sampled", {"sampled": 5}])
+def test_a_provenance_of_any_form_is_shown_and_copied(
+    small_store: ActivationStore, tmp_path: Path, provenance: object
+) -> None:
+    copy = Path(shutil.copytree(small_store.path, tmp_path / "copy.zarr"))
+    manifest = json.loads((copy / "manifest.json").read_text()) | {"provenance": provenance}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert said_by(str(copy)) == card(manifest)
+    assert began_by(manifest) == ("store pull" if isinstance(provenance, dict) else "harvest")
+    assert not is_harvested(manifest)
+    pull(copy, tmp_path / "pulled.zarr", say=quiet)
+    assert open_store(tmp_path / "pulled.zarr").digest == small_store.digest
 
 
 PATHS = (

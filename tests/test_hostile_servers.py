@@ -17,10 +17,12 @@ import pytest
 from typer.testing import CliRunner
 
 from sae_pipe.pipeline.cli import app
-from sae_pipe.storage import ActivationStore, StoreError, open_store
-from sae_pipe.storage.address import place
+from sae_pipe.storage import ActivationStore, InputError, NetworkError, StoreError, open_store
+from sae_pipe.storage.address import Address, place
 from sae_pipe.storage.pull import pull
+from sae_pipe.storage.remote import Link
 
+from .hostile import change as change_manifest
 from .services import ENVIRONMENT
 
 pytest.importorskip("aiohttp")
@@ -44,8 +46,13 @@ Answer = Callable[[BaseHTTPRequestHandler, bytes, Sent], bool]
 
 
 @contextmanager
-def serving(folder: Path, answer: Answer) -> Iterator[tuple[str, Sent]]:
-    """A web server of a folder; answer: given the request and the file, whether it has answered."""
+def serving(
+    folder: Path, answer: Answer, *, has_folders: bool = False
+) -> Iterator[tuple[str, Sent]]:
+    """A web server of a folder; answer: given the request and the file, whether it has answered.
+
+    has_folders: whether it is asked about what is no file, too.
+    """
     sent = Sent()
 
     class Handler(BaseHTTPRequestHandler):
@@ -57,9 +64,13 @@ def serving(folder: Path, answer: Answer) -> Iterator[tuple[str, Sent]]:
         def do_GET(self) -> None:
             file = folder / self.path.lstrip("/")
             try:
-                if not file.is_file():
+                if not file.is_file() and not has_folders:
                     self.send_error(404)
-                elif not answer(self, file.read_bytes(), sent):
+                elif answer(self, file.read_bytes() if file.is_file() else b"", sent):
+                    return
+                elif not file.is_file():
+                    self.send_error(404)
+                else:
                     self._plain(True)
             except (BrokenPipeError, ConnectionResetError):
                 self.close_connection = True
@@ -168,6 +179,94 @@ def test_a_shard_without_end_is_cut_at_its_recorded_size_and_refused(
     assert sent.n_bytes < 128 << 20
     assert not list((tmp_path / "back.zarr").rglob("*.tmp"))
     assert not (tmp_path / "back.zarr/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "n_bytes", "message"),
+    [
+        ("statistics/mean/c/0", 300_000_000, "it records {} with 300,000,000 bytes, and none has more than 1"),
+        ("tokenizer.json", 1 << 60, "it records {} with 1,152,921,504,606,846,976 bytes, and none has "),
+        ("corpus/corpus.json", (1 << 26) + 1, "it records {} with 67,108,865 bytes, and none has more than 67,108,864"),
+        ("activations/c/1/0", 60_000_000, "^{} of a store is said to have 60 MB, and the cache .* may hold 50 MB"),
+    ],
+)  # fmt: skip
+def test_a_size_that_a_manifest_makes_up_empties_no_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, n_bytes: int, message: str
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SAE_PIPE_CACHE_SIZE", "50MB")
+
+    def kept() -> set[str]:
+        return {str(file) for file in (tmp_path / "cache/stores").rglob("*") if file.is_file()}
+
+    with serving(folder, lambda request, data, sent: False) as (address, _):
+        store = open_store(address)
+        store.read(slice(None))
+        store.close()
+        before = kept()
+
+        def claim(m: Any) -> None:
+            entry = {"bytes": n_bytes, "sha256": "0" * 64}
+            if name.startswith("activations"):
+                m["train"]["shards"][1]["files"]["activations"] = entry
+            else:
+                m["files"][name] = entry
+
+        change_manifest(folder / "acts.zarr", claim)
+        with pytest.raises((StoreError, InputError), match=message.format(re.escape(name))):
+            open_store(address).read(slice(None))
+        refused = CliRunner().invoke(app, ["store", "verify", address])
+        assert refused.exit_code == 2
+    assert len(before) > 4
+    assert before <= kept()
+
+
+def test_statistics_that_a_server_spoils_are_refused_when_the_store_is_opened(folder: Path) -> None:
+    file = folder / "acts.zarr/statistics/variance/c/0"
+    for data, what in ((bytes(file.stat().st_size), "has other bytes"), (None, "is missing")):
+        if data is None:
+            file.unlink()
+        else:
+            file.write_bytes(data)
+        with (
+            serving(folder, lambda request, data, sent: False) as (address, _),
+            pytest.raises(StoreError, match=rf"statistics/variance/c/0 {what}"),
+        ):
+            open_store(address)
+
+
+@pytest.mark.parametrize(
+    ("file", "status", "limit"),
+    [("activations/c/1/0", 403, 1 << 16), ("activations/c/1/0", 500, 1 << 16), ("", 200, 1 << 24)],
+)
+def test_what_speaks_like_s3_sends_no_answer_without_end(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, status: int, limit: int
+) -> None:  # fmt: skip
+    """Errors and listings, which botocore reads whole."""
+    pytest.importorskip("s3fs")
+    shutil.move(folder / "acts.zarr", folder / "lab/acts.zarr")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+    def ask() -> None:
+        if file:
+            pull(place("s3://lab/acts.zarr"), tmp_path / "back.zarr", say=lambda line: None)
+        else:
+            Link(Address("s3://lab/acts.zarr")).folder("")
+
+    def refused() -> None:
+        with pytest.raises(NetworkError, match=message):
+            ask()
+
+    begin = b"<Error>" if file else b"<ListBucketResult>"
+    spoil = only(file, lambda r, data, sent: endless(r, sent, begin, status))
+    with serving(folder, spoil, has_folders=True) as (address, sent):
+        endpoint = address.removesuffix("/acts.zarr")
+        message = (
+            f"^{endpoint} answered with more than {limit:,} bytes where a short answer was asked "
+        )
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        assert peak_bytes(refused) < (32 << 20) + 3 * limit
+    assert sent.n_bytes < 64 << 20
 
 
 def test_what_speaks_like_s3_sends_no_more_than_was_asked_for(

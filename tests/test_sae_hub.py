@@ -172,7 +172,7 @@ def test_the_card_says_what_it_is_how_it_was_made_and_how_to_load_it(
     assert header.splitlines() == [
         "---",
         "library_name: sae-pipe",
-        "license: apache-2.0",
+        'license: "apache-2.0"',
         'base_model: "EleutherAI/pythia-70m"',
         "tags:",
         "- sparse-autoencoder",
@@ -286,7 +286,7 @@ def test_a_readme_of_ones_own_stays_and_a_generated_card_is_renewed(
 ) -> None:
     push(run)
     push(run, licence="mit")
-    assert b"license: mit" in files_of(hub)["README.md"]
+    assert b'license: "mit"' in files_of(hub)["README.md"]
     hub.commit(REPO, files_of(hub) | {"README.md": b"mine"})
     said: list[str] = []
     push_sae(PushConfig(run=run, address=PLACE), say=said.append)

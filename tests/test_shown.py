@@ -21,6 +21,13 @@ HOSTILE = [
     ("tag\U000e0041", "tag\\U000e0041"),
     ("half \ud800 pair", "half \\ud800 pair"),
     ("a\u2028b\u2029c", "a\\u2028b\\u2029c"),
+    *(
+        (f"a{c}b", f"a\\u{ord(c):04x}b")
+        for c in "\u034f\u3164\u115f\u1160\ufe0f\u17b4\u180b\u2800\uffa0"
+    ),
+    ("a\U000e0100b", "a\\U000e0100b"),
+    ("a\u20dd", "a\\u20dd"),  # a circle around the character before
+    ("a" + "\u0301" * 4 + "b", "a\u0301\u0301\\u0301\\u0301b"),  # piled up beyond its line
 ]
 
 
@@ -30,7 +37,16 @@ def test_what_moves_a_cursor_or_hides_is_escaped(text: str, expected: str) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["EleutherAI/pythia-160m", "blocks.8.hook_resid_post", "größe 大 é"]
+    "text",
+    [
+        "EleutherAI/pythia-160m",
+        "blocks.8.hook_resid_post",
+        "größe 大 é",
+        "e\u0301",
+        "ที่",
+        "हिन्दी",
+        "😀",
+    ],
 )
 def test_ordinary_names_stay_as_they_are(text: str) -> None:
     assert shown(text) == text

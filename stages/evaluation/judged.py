@@ -107,7 +107,7 @@ def read_facts(run: Path) -> dict[str, Any]:
     resolved, store = _section(config, "resolved"), _section(config, "store")
     of_store = _section(store, "recipe")
     model = _section(of_store, "model")
-    weights = run / "sae.safetensors"
+    weights, path = run / "sae.safetensors", store.get("path")
     return {
         "name": run.resolve().name,
         "path": str(run.resolve()),
@@ -124,7 +124,7 @@ def read_facts(run: Path) -> dict[str, Any]:
         "layer": of_store.get("layer"),
         "hook": of_store.get("hook"),
         "mask_p": _section(of_store, "mask").get("p"),
-        "store": store.get("path"),
+        "store": path if isinstance(path, str) and path else None,
         "store_digest": store.get("digest"),
         "recipe": recipe,
         "baseline": None,

@@ -29,6 +29,7 @@ _CODECS = {"blosc", "gzip", "lz4", "zlib", "zstd", "shuffle", "delta", "bytes"} 
 }
 _FLOATS = {"f2": "float16", "f4": "float32", "f8": "float64"}
 _MOST_BYTES_TOGETHER = 1 << 30
+_MOST_IN_SHARD = 1 << 20  # chunks, of which its index says where they are
 _METADATA_BYTES = 1 << 22
 _METADATA = ("zarr.json", ".zarray")
 
@@ -52,7 +53,8 @@ class ZarrInput(RowInput):
         self._slices_together = min(chunk[0], sizes[0])
         self._positions = positions
         self.rows_together = self._slices_together * positions
-        n_bytes = self.rows_together * self.d_in * np.dtype(self.number_format).itemsize
+        # A chunk is unpacked whole, also where it reaches beyond the array.
+        n_bytes = chunk[0] * positions * self.d_in * np.dtype(self.number_format).itemsize
         if n_bytes > _MOST_BYTES_TOGETHER:
             raise InputError(
                 f"One chunk of {folder} holds {n_bytes:,} bytes of rows, more than is read at once "
@@ -173,7 +175,8 @@ def _checked_v3(folder: Path, meta: dict[str, Any]) -> tuple[list[int], list[int
     number_format = meta["data_type"]
     if number_format not in _FLOATS.values():
         raise _not_floats(folder, number_format)
-    codecs, chunk = meta["codecs"], meta["chunk_grid"]["configuration"]["chunk_shape"]
+    codecs, outer = meta["codecs"], meta["chunk_grid"]["configuration"]["chunk_shape"]
+    chunk = outer
     _check_codecs(folder, [codec["name"] for codec in codecs])
     for codec in codecs:
         if codec["name"] == "sharding_indexed":
@@ -183,7 +186,9 @@ def _checked_v3(folder: Path, meta: dict[str, Any]) -> tuple[list[int], list[int
             _check_codecs(folder, names)
             if "sharding_indexed" in names:
                 raise TypeError("shards inside shards")
-    return _sizes(meta["shape"]), _sizes(chunk), str(number_format)
+    shape = _sizes(meta["shape"])
+    _check_grid(folder, shape, _sizes(chunk), _sizes(outer))
+    return shape, chunk, str(number_format)
 
 
 def _checked_v2(folder: Path, meta: dict[str, Any]) -> tuple[list[int], list[int], str]:
@@ -192,7 +197,28 @@ def _checked_v2(folder: Path, meta: dict[str, Any]) -> tuple[list[int], list[int
         raise _not_floats(folder, dtype)
     codecs = [*(meta.get("filters") or []), *([meta["compressor"]] if meta["compressor"] else [])]
     _check_codecs(folder, [codec["id"] for codec in codecs])
-    return _sizes(meta["shape"]), _sizes(meta["chunks"]), _FLOATS[dtype[1:]]
+    shape, chunk = _sizes(meta["shape"]), _sizes(meta["chunks"])
+    _check_grid(folder, shape, chunk, chunk)
+    return shape, chunk, _FLOATS[dtype[1:]]
+
+
+def _check_grid(folder: Path, shape: list[int], chunk: list[int], outer: list[int]) -> None:
+    """InputError for chunks that reach far beyond the array: what they claim would be allocated.
+
+    outer: the shape of shards of chunks, that of chunks where there are none. The first axis, of
+    rows, may be longer than the array; how many bytes it takes is looked at elsewhere.
+    """
+    if not len(shape) == len(chunk) == len(outer):
+        raise TypeError(f"{len(shape)} sizes in chunks of {len(chunk)} and shards of {len(outer)}")
+    whole = [-(-n // size) * size for n, size in zip(shape, chunk, strict=True)]
+    pairs = zip(shape[1:], chunk[1:], whole[1:], outer[1:], strict=True)
+    n_chunks = math.prod(out // size for out, size in zip(outer, chunk, strict=True))
+    if any(size > n or out > most for n, size, most, out in pairs) or n_chunks > _MOST_IN_SHARD:
+        shards = "" if outer == chunk else f" and shards of {str(outer)[:80]}"
+        raise InputError(
+            f"Array {folder} of shape {str(shape)[:80]} is in chunks of {str(chunk)[:80]}{shards}, "
+            "larger than what they are of. Write it again with chunks that fit."
+        )
 
 
 def _not_floats(folder: Path, found: Any) -> InputError:

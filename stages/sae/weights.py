@@ -135,6 +135,8 @@ def rebuild_sae(section: Any) -> Sae:
         given = sizes if sizes[2] is not None else sizes[:2]  # k: of those that have one
         if any(type(size) is not int or not 0 < size < 2**31 for size in given):
             raise ValueError(f"sizes {sizes}")
+        if sizes[2] is not None and sizes[2] > sizes[1]:
+            raise ValueError(f"{sizes[2]} latents of {sizes[1]} in a row")
         _check_types(architecture, options)
         with torch.device("meta"):
             return architecture(**options)
