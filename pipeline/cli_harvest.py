@@ -14,6 +14,7 @@ from ..storage.address import Address, expanded, place
 from ..storage.catalogue import CATALOG, catalogue_place
 from ..storage.codecs import CODECS
 from ..storage.values import VALUE_TYPES
+from .bars import open_bar_of
 from .errors import HELD, told_to_the_user
 from .say import say
 
@@ -245,10 +246,9 @@ def harvest(
     """
     flags = dict(locals())
     from ..stages.harvest_remote import asked_for, harvest_anywhere
-    from .cli_store_transfer import open_bar_of
 
     config = harvest_config(flags)
-    stores = harvest_anywhere(config, say=say, dry_run=dry_run, open_bar=open_bar_of("push"))
+    stores = harvest_anywhere(config, say=say, dry_run=dry_run, open_bar=open_bar_of("push", "B"))
     if stores != asked_for(config):  # what comes next in a script would find nothing at --out
         raise typer.Exit(HELD)
 

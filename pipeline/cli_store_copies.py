@@ -1,8 +1,7 @@
 """sae-pipe store recode, import and export: stores made from stores and files, and files of stores."""
 
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,6 +10,7 @@ from ..stages.harvest_config import DEFAULT_BLOCK_BYTES
 from ..storage.address import STORE_HELP, place
 from ..storage.codecs import CODECS
 from ..storage.values import VALUE_TYPES
+from .bars import open_bar_of
 from .cli_harvest import whole_bytes
 from .errors import told_to_the_user
 from .say import say
@@ -24,19 +24,6 @@ def register(app: typer.Typer) -> None:
     app.command()(recode)
     app.command("import")(import_)
     app.command()(export)
-
-
-def _bar(what: str) -> Any:
-    """Opens a progress bar, given rows in all and rows done already."""
-    from ..stages.progress import progress
-
-    def open_bar(total: int, done: int) -> AbstractContextManager[Any]:
-        bar: Any = progress(total, what, "rows")
-        bar.initial = bar.n = done
-        bar.refresh()
-        return bar  # type: ignore[no-any-return]
-
-    return open_bar
 
 
 @told_to_the_user
@@ -58,7 +45,7 @@ def recode(
     """
     from ..storage.recode import recode as run
 
-    run(place(source), target, codec, store_dtype, say=say, open_bar=_bar("recode"))
+    run(place(source), target, codec, store_dtype, say=say, open_bar=open_bar_of("recode", "rows"))
 
 
 @told_to_the_user
@@ -136,7 +123,7 @@ def import_(
         hook=hook,
         note=note,
     )
-    import_rows(config, say=say, open_bar=_bar("import"))
+    import_rows(config, say=say, open_bar=open_bar_of("import", "rows"))
 
 
 @told_to_the_user
@@ -170,4 +157,4 @@ def export(
     config = ExportConfig(
         store=place(store), out=out, format=format, split=split, dtype=dtype, rows=rows
     )
-    export_rows(config, say=say, open_bar=_bar("export"))
+    export_rows(config, say=say, open_bar=open_bar_of("export", "rows"))

@@ -1,13 +1,13 @@
 """sae-pipe store push and pull: stores sent to an address and fetched from one."""
 
 import re
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..storage.address import STORE_HELP, Address, only_local, place
+from .bars import open_bar_of
 from .cli_store_sign import KEY_HELP, SIGN_HELP, secret_key
 from .errors import told_to_the_user
 from .say import say
@@ -19,19 +19,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this file to `sae-pipe store`."""
     app.command()(push)
     app.command()(pull)
-
-
-def open_bar_of(what: str) -> Any:
-    """Opens a progress bar, given bytes in all and bytes done already."""
-    from ..stages.progress import progress
-
-    def open_bar(total: int, done: int) -> AbstractContextManager[Any]:
-        bar: Any = progress(total, what, "B")
-        bar.initial = bar.n = done
-        bar.refresh()
-        return bar  # type: ignore[no-any-return]
-
-    return open_bar
 
 
 @told_to_the_user
@@ -66,11 +53,11 @@ def push(
     if isinstance(where, Address):
         from ..storage.push import push as send
 
-        send(path, where, private=private, say=say, open_bar=open_bar_of("push"))
+        send(path, where, private=private, say=say, open_bar=open_bar_of("push", "B"))
         return
     from ..storage.pull import pull as fetch
 
-    fetch(path, where, may_renew=True, say=say, open_bar=open_bar_of("push"))
+    fetch(path, where, may_renew=True, say=say, open_bar=open_bar_of("push", "B"))
 
 
 @told_to_the_user
@@ -111,7 +98,7 @@ def pull(
         from ..storage.minisign import read_public
 
         public = read_public(key)
-    fetch(place(source), Path(into), part, key=public, say=say, open_bar=open_bar_of("pull"))
+    fetch(place(source), Path(into), part, key=public, say=say, open_bar=open_bar_of("pull", "B"))
 
 
 def whole_rows(text: str) -> int:

@@ -4,6 +4,7 @@
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from sae_pipe.storage.layout import Layout
 from sae_pipe.storage.values import round_to_bfloat16
 
 from .services import ENVIRONMENT, S3, s3_server
+from .signing import SECRET
 
 # Tiny models gain nothing from a second thread, and lose a lot to waiting for it: beside other work
 # on two cores the model tests took 20 times as long.
@@ -339,3 +341,22 @@ def s3(s3_process: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3:
     for name, value in (ENVIRONMENT | s3_process.environment(tmp_path / "cache")).items():
         monkeypatch.setenv(name, value)
     return s3_process
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    """The secret key of tests/signing.py."""
+    file = tmp_path / "minisign.key"
+    file.write_text(SECRET)
+    return file
+
+
+@pytest.fixture
+def signed(small_store: ActivationStore, tmp_path: Path, key_file: Path) -> Path:
+    """A copy of the small store, signed with the key of tests/signing.py."""
+    from sae_pipe.storage import minisign
+    from sae_pipe.storage.signed import sign_store
+
+    copy = Path(shutil.copytree(small_store.path, tmp_path / "acts.zarr"))
+    sign_store(copy, minisign.read_secret(key_file))
+    return copy

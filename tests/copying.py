@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 
-def _in_child(run: Callable[[], object], die_at: int | None, events: Any) -> None:
-    lock = threading.Lock()
+def dying_at(die_at: int | None, events: Any) -> Callable[[Any], Any]:
+    """Wraps functions of this process: their calls are counted, just before one it dies by SIGKILL."""
+    lock = threading.Lock()  # the child's own: one shared with the parent would die locked
 
     def counted(function: Any) -> Any:
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -28,6 +29,11 @@ def _in_child(run: Callable[[], object], die_at: int | None, events: Any) -> Non
 
         return called
 
+    return counted
+
+
+def _in_child(run: Callable[[], object], die_at: int | None, events: Any) -> None:
+    counted = dying_at(die_at, events)
     for name in ("replace", "rename", "fsync", "link"):
         setattr(os, name, counted(getattr(os, name)))
     run()

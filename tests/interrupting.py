@@ -14,6 +14,7 @@ from sae_pipe.stages.backoff import BatchRunner
 from sae_pipe.stages.harvest_config import HarvestConfig
 from sae_pipe.stages.plan import Rates
 
+from .copying import dying_at
 from .harvesting import quiet
 
 
@@ -23,19 +24,7 @@ def _without_warm_up(*_: Any) -> Rates:
 
 def _harvest_in_child(config: HarvestConfig, die_at: int | None, events: Any) -> None:
     """Harvest, and die by SIGKILL just before the given event: a write, sync, rename or batch."""
-
-    lock = threading.Lock()  # the child's own: one shared with the parent would die locked
-
-    def counted(function: Any) -> Any:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            with lock:
-                events.value += 1
-                if events.value == die_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return called
-
+    counted = dying_at(die_at, events)
     torch.set_num_threads(1)
     for name in ("replace", "fsync", "posix_fallocate"):
         setattr(os, name, counted(getattr(os, name)))

@@ -21,19 +21,13 @@ from sae_pipe.storage import ActivationStore, InputError, StoreError, minisign, 
 from sae_pipe.storage.address import Address
 from sae_pipe.storage.pull import pull
 from sae_pipe.storage.push import push
-from sae_pipe.storage.signed import SIGNATURE, check_local, sign_store
+from sae_pipe.storage.signed import SIGNATURE, check_local
 
 from .services import S3
+from .signing import PUBLIC
 
 pytest.importorskip("cryptography")
 
-SECRET = (
-    "untrusted comment: minisign encrypted secret key\n"
-    "RWQAAEIyAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAJpD3jUkK4PtMJ4Q6aN4b"
-    "WfVGyKV3MXGMi5fZPUxRsr+2h1zrWKJr8vubl32tbnFMN294rNczpy4y809aUy4Cm3lXZbIvD5azAAAAAAAAAAAAAAAAAAAA"
-    "AAAAAAAAAAAAAAAAAAAAAAA=\n"
-)
-PUBLIC = "RWQmkPeNSQrg+/ubl32tbnFMN294rNczpy4y809aUy4Cm3lXZbIvD5az"
 SIGNED = (
     "untrusted comment: signature from minisign secret key\n"
     "RUQmkPeNSQrg+5Jzm1GQox3XZ6foTp5aPOOByYVhs6qMnd8emqg6hvZu1XIrkhpjBt2FFJgfAQZDnj6AEzg9DqSVXrvBKsCi"
@@ -58,20 +52,6 @@ PUBLISHED = {
         "QtKMXWyYcwdpZAlPF7tE2ENJkRd1ujvKjlj1m9RtHTBnZPa5WKU5uWRs5GoP5M/VqE81QFuMKI5k/SfNQUaOAA==\n"
     ),
 }
-
-
-@pytest.fixture
-def key_file(tmp_path: Path) -> Path:
-    file = tmp_path / "minisign.key"
-    file.write_text(SECRET)
-    return file
-
-
-@pytest.fixture
-def signed(small_store: ActivationStore, tmp_path: Path, key_file: Path) -> Path:
-    copy = Path(shutil.copytree(small_store.path, tmp_path / "acts.zarr"))
-    sign_store(copy, minisign.read_secret(key_file))
-    return copy
 
 
 def told(*arguments: object) -> str:

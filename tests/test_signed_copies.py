@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_pipe.storage import ActivationStore, DiskError, InputError, minisign, open_store
+from sae_pipe.storage import DiskError, InputError, minisign, open_store
 from sae_pipe.storage.address import Address
 from sae_pipe.storage.manifest import content_digest
 from sae_pipe.storage.pull import Part, pull
@@ -17,27 +17,14 @@ from sae_pipe.storage.signed import SIGNATURE, SIGNATURE_IS_GONE, check_local, s
 
 from .hostile import change
 from .services import S3
+from .signing import PUBLIC
 from .test_remote_copies import files_of
-from .test_signatures import PUBLIC, SECRET, shows, told
+from .test_signatures import shows, told
 
 pytest.importorskip("cryptography")
 
 KEY = minisign.read_public(PUBLIC)
 SHARD = "activations/c/1/0"
-
-
-@pytest.fixture
-def key_file(tmp_path: Path) -> Path:
-    file = tmp_path / "minisign.key"
-    file.write_text(SECRET)
-    return file
-
-
-@pytest.fixture
-def signed(small_store: ActivationStore, tmp_path: Path, key_file: Path) -> Path:
-    copy = Path(shutil.copytree(small_store.path, tmp_path / "acts.zarr"))
-    sign_store(copy, minisign.read_secret(key_file))
-    return copy
 
 
 def copied(store: Path, name: str) -> Path:

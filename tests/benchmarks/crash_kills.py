@@ -140,6 +140,23 @@ def lost_and_repeated(store: Path, expected: Path) -> tuple[int, int]:
     return len(np.setdiff1d(wanted, there)), len(reads[0]) - len(there)
 
 
+def small_harvest(out: Path, tokens: int) -> HarvestConfig:
+    """A harvest of the demo with many shards and blocks."""
+    return HarvestConfig(
+        model=str(MODEL),
+        layers=(3,),
+        mask_p=(0.3,),
+        out=out,
+        text=TextConfig(dataset=str(TEXT)),
+        tokens=tokens,
+        heldout_tokens=500,
+        block_bytes=1024 * 128 * 2,
+        shard_rows=512,
+        batch_contexts=8,
+        device="cpu",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=300)
@@ -151,19 +168,7 @@ def main() -> None:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = HarvestConfig(
-            model=str(MODEL),
-            layers=(3,),
-            mask_p=(0.3,),
-            out=folder / "whole.zarr",
-            text=TextConfig(dataset=str(TEXT)),
-            tokens=arguments.tokens,
-            heldout_tokens=500,
-            block_bytes=1024 * 128 * 2,
-            shard_rows=512,
-            batch_contexts=8,
-            device="cpu",
-        )
+        config = small_harvest(folder / "whole.zarr", arguments.tokens)
         whole_s = time.monotonic()
         _, events = attempt(config, 0, "", None)
         whole_s = time.monotonic() - whole_s

@@ -17,12 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from crash_kills import attempt, content, lost_and_repeated
+from crash_kills import attempt, content, lost_and_repeated, small_harvest
 
-from sae_pipe.pipeline.cli_demo import MODEL, TEXT
 from sae_pipe.stages.harvest import harvest
-from sae_pipe.stages.harvest_config import HarvestConfig
-from sae_pipe.stages.sources import TextConfig
 from sae_pipe.storage import ActivationStore, StoreError, open_store
 from sae_pipe.storage.extension import staging_of
 from sae_pipe.storage.manifest import COMMITS, MANIFEST
@@ -70,19 +67,7 @@ def main() -> None:
     begun, n_rows = time.monotonic(), arguments.tokens * 3 // 2
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = HarvestConfig(
-            model=str(MODEL),
-            layers=(3,),
-            mask_p=(0.3,),
-            out=folder / "old.zarr",
-            text=TextConfig(dataset=str(TEXT)),
-            tokens=arguments.tokens,
-            heldout_tokens=500,
-            block_bytes=1024 * 128 * 2,
-            shard_rows=512,
-            batch_contexts=8,
-            device="cpu",
-        )
+        config = small_harvest(folder / "old.zarr", arguments.tokens)
         harvest(config, say=lambda _: None, show_progress=False)
         old = open_store(config.out)
         extension = replace(config, tokens=n_rows, extend=True)
