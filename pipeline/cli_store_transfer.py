@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..storage.address import STORE_HELP, Address, only_local, place
+from ..storage.errors import InputError
 from .bars import open_bar_of
 from .cli_store_sign import KEY_HELP, SIGN_HELP, secret_key
 from .errors import told_to_the_user
@@ -46,6 +47,11 @@ def push(
     Credentials are taken from the environment or the profile files of the service.
     """
     path, where = only_local(place(source), "A store is pushed from this machine"), place(target)
+    if private and not (isinstance(where, Address) and where.repository is not None):
+        raise InputError(
+            f"--private is for a repository of the Hub, and DST is {where}. Leave it out: who may "
+            "read there is set at the service itself."
+        )
     if sign is not None:
         from ..storage.signed import sign_store
 
@@ -87,8 +93,6 @@ def pull(
     part = Part(rows=None if rows is None else whole_rows(rows), fraction=fraction)
     into = place(target)
     if isinstance(into, Address):
-        from ..storage import InputError
-
         raise InputError(
             f"A store is pulled into a folder, and {into} is an address. Pass a folder, or use "
             "`sae-pipe store push` to send a store there."
@@ -103,8 +107,6 @@ def pull(
 
 def whole_rows(text: str) -> int:
     """50000000 of 50M, 50000k or 50_000_000; InputError for anything else."""
-    from ..storage import InputError
-
     found = re.fullmatch(r"(\d[\d_]{0,20}(?:\.\d{1,9})?)([kKmMbBgG]?)", text.strip(), re.ASCII)
     if found is None:
         raise InputError(f"--rows is {text!r}, and has to be a number such as 50M or 50000000.")

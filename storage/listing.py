@@ -108,6 +108,9 @@ class StoreFilter:
                     raise InputError(
                         f"{flag} is {value!r}, and has to be one of {', '.join(known)}."
                     )
+        for p in self.mask_p:
+            if not 0.0 <= p <= 1.0:  # also refuses NaN
+                raise InputError(f"--mask-p is {p}, and has to be a number from 0 to 1.")
 
     def takes(self, entry: StoreEntry) -> bool:
         """Whether a store is asked for."""

@@ -401,6 +401,11 @@ def test_filters_are_flags_of_ls_and_models_are_named_as_for_harvest(
         r"complete\.$",
     ):
         StoreFilter(states=["sold"])
+    for p in (7.0, -0.1, float("nan")):
+        with pytest.raises(
+            InputError, match=rf"^--mask-p is {p}, and has to be a number from 0 to 1\.$"
+        ):
+            StoreFilter(mask_p=[p])
     with pytest.raises(
         InputError, match=r"^--codec is 'zip', and has to be one of lossless, compact, none\.$"
     ):

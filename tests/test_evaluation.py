@@ -392,6 +392,7 @@ def test_places_without_runs_are_named(tmp_path: Path) -> None:
         )
         with pytest.raises(InputError, match=whole(message)):
             judged_by(tmp_path / place, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- text ---

@@ -218,6 +218,20 @@ def test_where_nothing_can_be_written_is_told_before_anything_is_read(
         quiet_push(small_store.path, "s3://no-bucket/a.zarr")
 
 
+@pytest.mark.parametrize("target", ["copy.zarr", "s3://lab/acts.zarr"])
+def test_only_a_repository_of_the_hub_is_made_private(
+    small_store: ActivationStore, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["store", "push", str(small_store.path), target, "--private"])
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"Error: --private is for a repository of the Hub, and DST is {target}. Leave it out: who may "
+        "read there is set at the service itself.\n",
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_pull_that_was_killed_goes_on_with_what_is_there(
     s3: S3, small_store: ActivationStore, tmp_path: Path
 ) -> None:

@@ -102,8 +102,8 @@ def evaluate_runs(
     """
     _check_sizes(config)
     evaluation = _Evaluation(config, say, show=show_progress)
+    evaluation.look_at(runs)  # before the folder is made: what is refused leaves nothing
     with sole_writer(config.out, "Results folder"):
-        evaluation.look_at(runs)
         evaluation.run()
     return evaluation.outcomes()
 
